@@ -1,0 +1,83 @@
+"""Every path that a run writes. Stages hand each other these files, not live objects."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of one run; a property names a path, nothing is created by reading it."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe: every default written out, paths absolute."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per logged step."""
+        return self.root / "metrics.csv"
+
+    @property
+    def samples(self) -> Path:
+        """Generated samples, one JSON line each: step, prompt, completion, expected."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """Rows read, kept, cut and dropped, by reason."""
+        return self.root / "ledger.json"
+
+    @property
+    def rejected(self) -> Path:
+        """Every rejected row with its source, line and reason."""
+        return self.root / "rejected.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`step-000120/` and so on."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter, in PEFT's own format, with the tokenizer and its chat template."""
+        return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model."""
+        return self.root / "merged"
+
+    @property
+    def results(self) -> Path:
+        """Metrics before and after training, throughput and memory."""
+        return self.root / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained report."""
+        return self.root / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains here."""
+        return self.root / ".lock"
+
+    @property
+    def logs(self) -> Path:
+        """What trackers keep on disk."""
+        return self.root / "logs"
+
+
+def cache_dir() -> Path:
+    """Where converted models and tokenized data are kept: `$FINETUNE_CACHE`, or the user's cache folder."""
+    chosen = os.environ.get("FINETUNE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "finetune"
