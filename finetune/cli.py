@@ -1,0 +1,148 @@
+"""The `finetune` command: verbs and exit codes. A verb's module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import metadata
+from types import ModuleType
+from typing import NamedTuple
+
+from finetune import __version__
+from finetune.distributed import global_rank
+from finetune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, FinetuneError
+
+
+class Verb(NamedTuple):
+    """One verb: its module in `finetune.commands`, its line of help, and an example that works."""
+
+    module: str
+    help: str
+    example: str
+
+
+VERBS: dict[str, Verb] = {
+    "run": Verb(
+        "run",
+        "train, evaluate and export what a recipe says",
+        "finetune run recipes/smollm2_135m_tickets.yaml",
+    ),
+    "generate": Verb(
+        "generate",
+        "complete prompts with a model or adapter",
+        "finetune generate runs/my-run --prompt 'Hello'",
+    ),
+    "recipes": Verb(
+        "recipes",
+        "list the shipped recipes, or copy one",
+        "finetune recipes copy smollm2_135m_tickets my.yaml",
+    ),
+    "schema": Verb("schema", "print the recipe's JSON schema for editors", "finetune schema -o recipe.schema.json"),
+}
+
+_VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "datasets")
+_BUG = (
+    "error: this is a bug in finetune. Please open an issue in the project's repository with the "
+    "lines above, the command, the recipe, and what `finetune --version` prints."
+)
+
+
+class _VersionAction(argparse.Action):
+    """Prints the versions of what matters in a report; read from metadata, so that nothing is imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(describe_version())
+        parser.exit()
+
+
+def describe_version() -> str:
+    """The versions of finetune, Python and the libraries that decide results, on one line."""
+    parts = [f"python {platform.python_version()}"]
+    for name in _VERSIONED:
+        try:
+            parts.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            parts.append(f"{name} not installed")
+    return f"finetune {__version__} ({', '.join(parts)})"
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser of every verb's name and help, with the arguments of `verb` alone."""
+    parser = argparse.ArgumentParser(
+        prog="finetune",
+        description="LoRA and QLoRA fine-tuning: one YAML recipe in, a measured, servable adapter out.",
+        epilog=_epilog(VERBS["run"].example),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_VersionAction, nargs=0, help="print versions and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, row in VERBS.items():
+        one = verbs.add_parser(
+            name,
+            help=row.help,
+            description=f"{row.help[0].upper()}{row.help[1:]}.",
+            epilog=_epilog(row.example),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == verb:
+            load_command(row.module).configure(one)
+    return parser
+
+
+def load_command(module: str) -> ModuleType:
+    """The module of a verb."""
+    return importlib.import_module(f"finetune.commands.{module}")
+
+
+def _epilog(example: str) -> str:
+    return f"example:\n  {example}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0, 1 failed, 2 bad input, 75 run the same command again."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except FinetuneError as error:
+        _report(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _report("interrupted")
+        return EXIT_PREEMPTED
+    except BrokenPipeError:
+        # The reader of a pipe has gone. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception:
+        traceback.print_exc()
+        _report(_BUG)
+        return EXIT_FAILURE
+
+
+def _run(given: list[str]) -> int:
+    verb = given[0] if given and given[0] in VERBS else None
+    if given and verb is None and not given[0].startswith("-"):
+        near = get_close_matches(given[0], VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"accepts {', '.join(VERBS)}"
+        _report(f"error: unknown verb {given[0]}; {hint}")
+        return EXIT_BAD_INPUT
+    parser = build_parser(verb)
+    if not given:
+        parser.print_help()
+        return EXIT_BAD_INPUT
+    arguments = parser.parse_args(given)
+    code = load_command(VERBS[arguments.verb].module).run(arguments)
+    sys.stdout.flush()
+    return int(code)
+
+
+def _report(message: str) -> None:
+    # Not the shared console: it is silent on ranks above 0, and their errors must be seen.
+    rank = global_rank()
+    print(f"[rank {rank}] {message}" if rank else message, file=sys.stderr)

@@ -1,0 +1,161 @@
+"""`finetune generate`: completions of prompts by a run's model on stdout, one line of numbers on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.console import say
+from finetune.errors import EXIT_OK, BadInputError, DataError
+
+if TYPE_CHECKING:
+    from finetune.inference.generate import Completion
+    from finetune.inference.load import LoadedRun
+
+Message = dict[str, Any]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a user's message; repeatable")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help='one prompt per line of a text file; or a .jsonl file of strings, {"prompt": …} or {"messages": […]}',
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the recipe's")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="sample from this mass (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--base", action="store_true", help="the base model without the adapter")
+    parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Complete every prompt and print the completions in order."""
+    prompts = [[{"role": "user", "content": text}] for text in arguments.prompt]
+    if arguments.file is not None:
+        prompts += read_prompts(arguments.file)
+    if not prompts:
+        raise BadInputError("nothing to complete; give --prompt TEXT or --file FILE")
+
+    from finetune.inference.load import load_run
+    from finetune.machine import keep_freed_memory
+    from finetune.models.load import quiet_libraries
+
+    keep_freed_memory()
+    quiet_libraries()
+    loaded = load_run(arguments.run, base_only=arguments.base)
+    start = time.perf_counter()
+    completions = _complete(loaded, prompts, arguments)
+    seconds = time.perf_counter() - start
+    _print(prompts, completions, as_json=arguments.json)
+    _say_speed(completions, seconds)
+    return EXIT_OK
+
+
+def _complete(loaded: LoadedRun, prompts: list[list[Message]], arguments: argparse.Namespace) -> list[Completion]:
+    from finetune.data.template import encode_prompt
+    from finetune.inference.generate import Sampling, generate
+
+    evaluation = loaded.recipe.evaluation
+    system = loaded.recipe.data.system if arguments.system is None else arguments.system
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens or evaluation.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    ids = [encode_prompt(loaded.tokenizer, loaded.template, messages, system) for messages in prompts]
+    stops = loaded.template.stop_token_ids
+    return generate(loaded.model, loaded.tokenizer, ids, stops, sampling, batch_size=evaluation.batch_size)
+
+
+def _print(prompts: list[list[Message]], completions: list[Completion], *, as_json: bool) -> None:
+    for messages, completion in zip(prompts, completions, strict=True):
+        prompt = str(messages[-1]["content"])
+        if as_json:
+            row = {
+                "prompt": prompt,
+                "completion": completion.text,
+                "num_tokens": len(completion.token_ids),
+                "stopped": completion.stopped,
+            }
+            print(json.dumps(row, ensure_ascii=False))
+        elif len(completions) == 1:
+            print(completion.text)
+        else:
+            print(f">>> {prompt}\n{completion.text}\n")
+
+
+def _say_speed(completions: list[Completion], seconds: float) -> None:
+    from finetune.machine import peak_memory_bytes
+
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    cut = sum(not completion.stopped for completion in completions)
+    line = f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.1f} tokens/s), "
+    line += f"peak memory {peak_memory_bytes() / 1e9:.2f} GB"
+    say(f"{line}, {cut} cut at --max-new-tokens" if cut else line)
+
+
+def read_prompts(path: Path) -> list[list[Message]]:
+    """The prompts of a file as messages; empty lines are passed over.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    parse = _parse_json if path.suffix in (".jsonl", ".json") else _parse_text
+    return [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse_text(line: str, _: str) -> list[Message]:
+    return [{"role": "user", "content": line}]
+
+
+def _parse_json(line: str, where: str) -> list[Message]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: is not JSON: {error}") from error
+    if isinstance(value, dict):
+        messages = value.get("messages")
+        if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
+            return messages
+        value = value.get("prompt")
+    if not isinstance(value, str) or not value:
+        raise DataError(f'{where}: is no prompt; accepted are a string, {{"prompt": "…"}} and {{"messages": […]}}')
+    return _parse_text(value, where)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    return value

@@ -1,0 +1,53 @@
+"""`finetune recipes`: lists the shipped recipes and copies one to start from."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from finetune.errors import EXIT_OK, BadInputError, RecipeError
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("list", help="list the shipped recipes (the default)")
+    copy = actions.add_parser("copy", help="copy one to edit", description="Copy a shipped recipe to edit.")
+    copy.add_argument("name", metavar="NAME", help="a name from the list")
+    copy.add_argument("dest", metavar="DEST", nargs="?", type=Path, default=Path(), help="file or folder (default: .)")
+    copy.add_argument("--force", action="store_true", help="overwrite DEST")
+
+
+def run(arguments: Namespace) -> int:
+    """List the shipped recipes, or copy one."""
+    if arguments.action == "copy":
+        print(_copy(arguments.name, arguments.dest, arguments.force))
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in _list())
+    return EXIT_OK
+
+
+def _list() -> list[str]:
+    from finetune.recipe.shipped import describe_recipe, shipped_recipes
+
+    recipes = shipped_recipes()
+    if not recipes:
+        raise RecipeError("no shipped recipes were found; the installation is incomplete")
+    width = max(map(len, recipes))
+    return [f"{name:<{width}}  {describe_recipe(path)}".rstrip() for name, path in recipes.items()]
+
+
+def _copy(name: str, dest: Path, force: bool) -> Path:
+    """Copy the recipe and return where it went; its relative paths are written absolute, so it still runs."""
+    from finetune.recipe.shipped import copied_text, find_recipe
+
+    source = find_recipe(name)
+    target = dest / source.name if dest.is_dir() else dest
+    if target.exists() and not force:
+        raise BadInputError(f"{target} exists; name another file, or pass --force to overwrite it")
+    try:
+        target.write_text(copied_text(source), encoding="utf-8")
+    except OSError as error:
+        raise BadInputError(f"{target}: cannot be written: {error.strerror}") from None
+    return target

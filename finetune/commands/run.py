@@ -1,0 +1,156 @@
+"""`finetune run`: a recipe in, a measured adapter out. Composes the stages and knows no details of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from finetune.console import console, say, stdout
+from finetune.distributed import is_rank_zero
+from finetune.errors import EXIT_OK, BadInputError
+from finetune.files import sole_owner, write_atomic
+from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.shipped import find_recipe
+from finetune.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from finetune.evaluation.task import TaskResult
+    from finetune.recipe.schema import Recipe
+    from finetune.training.module import FinetuneModule
+    from finetune.training.train import Job
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
+    parser.add_argument("--fresh", action="store_true", help="put earlier work of this run aside and start anew")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, measure and save; continue where an earlier call was stopped."""
+    recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
+    # Until training starts there is nothing to save: end like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    from finetune.machine import keep_freed_memory
+    from finetune.models.load import quiet_libraries
+    from finetune.training.train import resolve_run
+
+    keep_freed_memory()
+    quiet_libraries()
+    run_dir = resolve_run(recipe)
+    with ExitStack() as stack:
+        if is_rank_zero():
+            _own(run_dir, stack)
+            if arguments.fresh:
+                _put_aside(run_dir)
+        return _run_recipe(recipe, run_dir)
+
+
+def _own(run_dir: RunDir, stack: ExitStack) -> None:
+    try:
+        stack.enter_context(sole_owner(run_dir.lock))
+    except BlockingIOError as error:
+        raise BadInputError(
+            f"{run_dir.root} is in use by {error}; wait for it, or give this run another name"
+        ) from None
+    except OSError as error:
+        raise BadInputError(f"output_dir: cannot write to {run_dir.root}: {error.strerror}") from error
+
+
+def _put_aside(run_dir: RunDir) -> None:
+    if not run_dir.checkpoints.exists():
+        return
+    aside = run_dir.root.with_name(f"{run_dir.root.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    aside.mkdir()
+    for path in run_dir.root.iterdir():
+        if path != run_dir.lock:
+            path.rename(aside / path.name)
+    say(f"earlier work put aside in {aside}")
+
+
+def _run_recipe(recipe: Recipe, run_dir: RunDir) -> int:
+    from finetune.training.checkpoint import newest_checkpoint
+    from finetune.training.train import prepare_job, train
+
+    job = prepare_job(recipe)
+    if is_rank_zero():
+        write_atomic(run_dir.recipe, dump_recipe(recipe))
+        job.data.ledger.write(run_dir)
+    for line in job.data.ledger.summary_lines():
+        say(line)
+    checkpoint = newest_checkpoint(run_dir.checkpoints)
+    _say_plan(job, checkpoint)
+    measure = _Measure(job, run_dir)
+    if checkpoint is not None and checkpoint.step >= job.plan.num_steps and run_dir.adapter.is_dir():
+        say("this run is finished; --fresh starts it anew")
+    else:
+        train(job, run_dir, checkpoint, before=measure.before, after=measure.after)
+    if is_rank_zero():
+        _summarize(run_dir)
+    return EXIT_OK
+
+
+def _say_plan(job: Job, checkpoint: Any) -> None:
+    plan = job.plan
+    text = f"{plan.num_steps} steps of {plan.global_batch_size} samples, {plan.epoch(plan.num_steps):.2f} epochs"
+    if checkpoint is not None:
+        loss = checkpoint.progress.get("loss")
+        shown = "" if loss is None else f", where the loss was {loss:.4f}"
+        text = f"continuing from step {checkpoint.step} of {plan.num_steps}{shown}"
+    placement = job.placement
+    say(f"{text}; {placement.world_size} x {placement.accelerator}, {placement.strategy}, attention {job.attention}")
+
+
+class _Measure:
+    """Task metrics and perplexity of the model, before and after, into results.json."""
+
+    def __init__(self, job: Job, run_dir: RunDir) -> None:
+        from finetune.evaluation.task import load_rows
+
+        self._job, self._run_dir = job, run_dir
+        self._rows, self._tokens = load_rows(job.recipe, job.tokenizer, job.template)
+
+    def before(self, module: FinetuneModule) -> None:
+        """The bare base: a fresh adapter changes nothing."""
+        if self._job.recipe.evaluation.before:
+            self._measure(module, "before")
+
+    def after(self, module: FinetuneModule) -> None:
+        """The trained adapter."""
+        self._measure(module, "after")
+
+    def _measure(self, module: FinetuneModule, when: str) -> None:
+        from finetune.evaluation.task import evaluate_task
+        from finetune.training.validation import mean_loss
+
+        result: TaskResult | None = None
+        metrics: dict[str, float] = {}
+        section = self._job.recipe.evaluation
+        if self._rows:
+            result = evaluate_task(module.model, self._job.tokenizer, self._job.template, self._rows, section)
+            metrics.update(result.metrics)
+        if self._tokens is not None and "perplexity" in section.metrics:
+            import math
+
+            placement = self._job.placement
+            steps = self._job.steps_of(self._tokens, rank=module.global_rank, world_size=placement.world_size)
+            metrics["perplexity"] = math.exp(min(mean_loss(module, steps), 80.0))
+        if module.global_rank == 0:
+            _record(self._run_dir, when, metrics, result)
+
+
+def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskResult | None) -> None:
+    results: dict[str, Any] = json.loads(run_dir.results.read_text()) if run_dir.results.is_file() else {}
+    results[when] = {"metrics": metrics, "samples": [vars(sample) for sample in result.samples] if result else []}
+    write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _summarize(run_dir: RunDir) -> None:
+    stdout.print(f"adapter: {run_dir.adapter}", markup=False)
+    console.print(f"try it: finetune generate {run_dir.root} --prompt '…'", markup=False)

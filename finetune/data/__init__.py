@@ -1,0 +1,1 @@
+"""Data: sources -> formats -> template -> masks -> a memory-mapped cache of token samples."""

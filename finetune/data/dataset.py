@@ -1,0 +1,69 @@
+"""TokenDataset: samples picked from one or several cache folders, by index arrays. Nothing is copied."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.data.cache import Store
+
+
+@dataclass(frozen=True)
+class Part:
+    """A store, the names of its source's files, and the samples of it that are used, in order."""
+
+    store: Store
+    names: tuple[str, ...]
+    samples: np.ndarray
+    """int64 [n]: indices into the store; a sample may occur more than once."""
+
+
+class TokenDataset:
+    """Token samples on disk: `dataset[i]` is (input_ids int32 [T], supervised bool [T]).
+
+    Picklable: a worker process maps the files again. Both arrays of a sample are copies, free to change.
+    """
+
+    lengths: np.ndarray
+    """int32 [N]: tokens per sample."""
+    num_supervised: np.ndarray
+    """int32 [N]: supervised tokens that can carry loss (a sample's first token has nothing to predict it)."""
+    fingerprint: str
+    """Hash of every sample's tokens and mask, and of their order."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part.samples) for part in parts)])
+        digest = hashlib.sha256()
+        lengths, supervised = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        for part in parts:
+            lengths.append(np.diff(part.store.offsets)[part.samples].astype(np.int32))
+            supervised.append(part.store.num_supervised[part.samples])
+            digest.update(str(part.store.meta["digest"]).encode())
+            digest.update(np.ascontiguousarray(part.samples, np.int64).tobytes())
+        self.lengths = np.concatenate(lengths)
+        self.num_supervised = np.concatenate(supervised)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        part, sample = self._locate(index)
+        start, end = part.store.offsets[sample], part.store.offsets[sample + 1]
+        return part.store.tokens[start:end].astype(np.int32), part.store.supervised[start:end].copy()
+
+    def origin(self, index: int) -> str:
+        """The row that sample `index` came from: `path/to/file.jsonl:12`."""
+        part, sample = self._locate(index)
+        file, number = part.store.origins[part.store.row_of_sample[sample]]
+        return f"{part.names[file]}:{number}"
+
+    def _locate(self, index: int) -> tuple[Part, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[place], int(self._parts[place].samples[index - self._starts[place]])

@@ -1,0 +1,259 @@
+"""Row shapes: a format is a function from a row to chat messages, and the fields that tell it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import DataError
+
+Message = dict[str, Any]
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class RowError(Exception):
+    """A row cannot be used; the message says which column and what was found there."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A row seen through the recipe's `columns`: the format's field names on the user's columns."""
+
+    row: Mapping[str, Any]
+    columns: Mapping[str, str]
+
+    def get(self, field: str) -> Any:
+        """The field's value, None where the column is absent."""
+        return self.row.get(self.columns.get(field, field))
+
+    def text(self, field: str) -> str:
+        """The field's text.
+
+        Raises:
+            RowError: it is missing, empty or not text.
+        """
+        return check_text(self.get(field), f"column {self.columns.get(field, field)!r}")
+
+    def optional_text(self, field: str) -> str:
+        """The field's text, empty where it is missing or null."""
+        value = self.get(field)
+        if value is None or value == "":
+            return ""
+        return self.text(field)
+
+    def turns(self, field: str) -> list[Mapping[str, Any]]:
+        """The field's list of turns.
+
+        Raises:
+            RowError: it is not a list of objects, or is empty.
+        """
+        name = self.columns.get(field, field)
+        value = self.get(field)
+        if not isinstance(value, (list, tuple)) or not value:
+            raise RowError(f"column {name!r} holds {describe(value)}; it must be a list of turns")
+        for number, turn in enumerate(value, 1):
+            if not isinstance(turn, Mapping):
+                raise RowError(f"column {name!r}, turn {number}, holds {describe(turn)}; it must be an object")
+        return list(value)
+
+
+def describe(value: Any) -> str:
+    """What a value is, in a user's words: `null`, `an integer (7)`, `an empty string`."""
+    if value is None:
+        return "null (or is missing)"
+    if isinstance(value, bool):
+        return f"a boolean ({value})"
+    if isinstance(value, int):
+        return f"an integer ({value})"
+    if isinstance(value, float):
+        return f"a number ({value})"
+    if isinstance(value, str):
+        return "an empty string" if not value.strip() else f"text ({value[:40]!r})"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, Mapping):
+        return "an object"
+    return f"a {type(value).__name__}"
+
+
+def check_text(value: Any, where: str) -> str:
+    """`value` if it is text with something in it.
+
+    Raises:
+        RowError: it is not.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{where} holds {describe(value)}; it must be text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # a lone surrogate, legal in JSON, is refused by the tokenizer
+        raise RowError(f"{where} holds text that is not valid Unicode ({error.reason})") from None
+    return value
+
+
+def alpaca(fields: Fields) -> list[Message]:
+    """instruction, input (optional), output. The user's turn keeps both, for the alpaca template to place."""
+    instruction, extra = fields.text("instruction"), fields.optional_text("input")
+    user: Message = {"role": "user", "content": instruction}
+    if extra:
+        user = {
+            "role": "user",
+            "content": f"{instruction}\n\n{extra}",
+            "instruction": instruction,
+            "input": extra,
+        }
+    messages = [user, {"role": "assistant", "content": fields.text("output")}]
+    return _with_system(fields, messages)
+
+
+def messages(fields: Fields) -> list[Message]:
+    """OpenAI's messages: role and content, with tool calls passed through."""
+    result = []
+    for number, turn in enumerate(fields.turns("messages"), 1):
+        role = turn.get("role")
+        if role not in _ROLES:
+            raise RowError(f"turn {number}: role is {describe(role)}; accepted: {', '.join(_ROLES)}")
+        message = {key: value for key, value in turn.items() if value is not None}
+        if message.get("tool_calls"):
+            message.setdefault("content", "")
+        else:
+            message["content"] = check_text(turn.get("content"), f"turn {number}: content")
+        result.append(message)
+    return result
+
+
+def sharegpt(fields: Fields) -> list[Message]:
+    """ShareGPT's conversations: from (human, gpt, system) and value; or role and content."""
+    result = []
+    system = fields.optional_text("system")
+    if system:
+        result.append({"role": "system", "content": system})
+    for number, turn in enumerate(fields.turns("conversations"), 1):
+        speaker = turn.get("from", turn.get("role"))
+        role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            accepted = ", ".join(_SHAREGPT_ROLES)
+            raise RowError(f"turn {number}: from is {describe(speaker)}; accepted: {accepted}")
+        content = check_text(turn.get("value", turn.get("content")), f"turn {number}: value")
+        result.append({"role": role, "content": content})
+    return result
+
+
+def prompt_completion(fields: Fields) -> list[Message]:
+    """prompt and completion."""
+    pair = [
+        {"role": "user", "content": fields.text("prompt")},
+        {"role": "assistant", "content": fields.text("completion")},
+    ]
+    return _with_system(fields, pair)
+
+
+def text(fields: Fields) -> list[Message]:
+    """Plain text, as one message of the role `text`: it is not rendered, every token of it is supervised."""
+    return [{"role": "text", "content": fields.text("text")}]
+
+
+def _with_system(fields: Fields, turns: list[Message]) -> list[Message]:
+    system = fields.optional_text("system")
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row shape: how it is read and which fields it has."""
+
+    read: Callable[[Fields], list[Message]]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+# Recognized in this order: a row with both messages and text is a conversation.
+FORMATS: dict[str, Format] = {
+    "messages": Format(messages, ("messages",)),
+    "sharegpt": Format(sharegpt, ("conversations",), ("system",)),
+    "alpaca": Format(alpaca, ("instruction", "output"), ("input", "system")),
+    "prompt_completion": Format(prompt_completion, ("prompt", "completion"), ("system",)),
+    "text": Format(text, ("text",)),
+}
+
+
+def recognize_format(wanted: str, columns: Mapping[str, str], found: Iterable[str], where: str) -> str:
+    """The format's name: `wanted`, or told from the columns that were `found`; checks `columns` on the way.
+
+    Raises:
+        DataError: a mapping to no column, or of no field of the format; or columns of no known format.
+    """
+    present = set(found)
+    listed = ", ".join(sorted(present)) or "none"
+    for field, column in columns.items():
+        if column not in present:
+            raise DataError(f"{where}.columns: {field}: {column!r} is no column of the data. Columns found: {listed}.")
+    fields = present | set(columns)
+    if wanted != "auto":
+        shape = FORMATS[wanted]
+        _check_fields(wanted, shape, columns, where)
+        missing = [field for field in shape.required if field not in fields]
+        if missing:
+            raise DataError(
+                f"{where}.format: {wanted} needs {', '.join(shape.required)}; missing: {', '.join(missing)}. "
+                f"Columns found: {listed}. Set another format, or columns: {{{missing[0]}: your_column}}."
+            )
+        return wanted
+    for name, shape in FORMATS.items():
+        if all(field in fields for field in shape.required):
+            _check_fields(name, shape, columns, where)
+            return name
+    shapes = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in FORMATS.items())
+    raise DataError(
+        f"{where}: no known format has these columns. Columns found: {listed}. Known: {shapes}. "
+        "Map yours, e.g. columns: {instruction: question, output: answer}."
+    )
+
+
+def _check_fields(name: str, shape: Format, columns: Mapping[str, str], where: str) -> None:
+    known = (*shape.required, *shape.optional)
+    for field in columns:
+        if field not in known:
+            raise DataError(f"{where}.columns: {name} has no field {field!r}; its fields: {', '.join(known)}.")
+
+
+def parse_row(payload: bytes | Mapping[str, Any], shape: Format, columns: Mapping[str, str]) -> list[Message]:
+    """Messages of one raw row, a JSON line or an object.
+
+    Raises:
+        RowError: the row cannot be used.
+    """
+    row: Any = load_line(payload) if isinstance(payload, bytes) else payload
+    if not isinstance(row, Mapping):
+        raise RowError(f"the row is {describe(row)}; it must be an object with columns")
+    return shape.read(Fields(row, columns))
+
+
+def load_line(line: bytes) -> Any:
+    """One JSON line.
+
+    Raises:
+        RowError: it is not valid JSON, or not UTF-8.
+    """
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 (byte {error.start} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise RowError(f"not valid JSON: {error.msg} at character {error.pos + 1} of {len(line)}") from None
+    except RecursionError:
+        raise RowError("not readable as JSON: nested too deeply") from None

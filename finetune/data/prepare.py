@@ -1,0 +1,336 @@
+"""From the recipe's data section to token data sets: tokenize what is not cached, and keep the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetune.console import progress_bar, say, warn
+from finetune.data.cache import Store, cache_key, open_store, write_store
+from finetune.data.dataset import TokenDataset
+from finetune.data.formats import Message, RowError, recognize_format
+from finetune.data.ledger import (
+    Ledger,
+    RejectedRow,
+    SourceLedger,
+    check_no_over_length,
+    check_source,
+)
+from finetune.data.masking import MALFORMED, Chunk, Encoder, special_tokens_of
+from finetune.data.shares import Opened, choose_validation, train_set, validation_set
+from finetune.data.sources import RawRow, Source, columns_of, open_source
+from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit
+from finetune.data.workers import encode_stream
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.recipe.schema import DataSection, SourceSection
+
+# Rows that are looked at to tell the columns: a JSON line may leave optional ones out.
+_PEEKED_ROWS = 100
+
+# Keys of the data section that do not shape a source's samples. A new key does until it is listed here.
+_NOT_IN_KEY = {
+    "sources",
+    "template",  # its text is in the key
+    "packing",
+    "max_tokens",
+    "validation",
+    "max_rejected_share",
+    "max_over_length_share",
+    "num_workers",
+}
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training needs of the data."""
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row for task metrics."""
+
+    messages: list[Message]
+    """The prompt: everything before the last assistant turn, with the default system prompt."""
+    expected: str
+    """The text of the last assistant turn."""
+    origin: str
+
+
+def prepare_data(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, *, seed: int
+) -> PreparedData:
+    """Training and validation samples of `data`, tokenized unless the cache has them.
+
+    `seed` decides which rows are split off for validation and which of a fractional weight are shown.
+
+    Raises:
+        DataError: a source is missing, empty or of unknown shape, too many rows are malformed or over length,
+            nothing is supervised, or the validation split takes everything.
+    """
+    ledger = Ledger(template.name, data.train_on, data.max_seq_len)
+    opened = [
+        _open(section, data, tokenizer, template, f"data.sources[{index}]", "train", ledger)
+        for index, section in enumerate(data.sources)
+    ]
+    held_out = None
+    if data.validation.source is not None:
+        held_out = _open(
+            data.validation.source, data, tokenizer, template, "data.validation.source", "validation", ledger
+        )
+    hashes = np.concatenate([each.store.hashes for each in opened])
+    ledger.duplicate_rows = len(hashes) - len(np.unique(hashes))
+    in_validation = np.zeros(len(hashes), dtype=bool)
+    if held_out is None and data.validation.size:
+        in_validation = choose_validation(hashes, data.validation.size, seed)
+    train = train_set(opened, in_validation, seed)
+    validation = validation_set(opened, in_validation, held_out)
+    if held_out is not None:
+        ledger.validation_rows_in_train = int(np.isin(held_out.store.hashes, hashes).sum())
+        if ledger.validation_rows_in_train:
+            warn(f"{ledger.validation_rows_in_train:,} validation rows are also in the training data")
+    _check_supervised(train, validation)
+    _count(ledger, train, validation)
+    return PreparedData(train, validation, ledger)
+
+
+def prepare_rows(
+    source: SourceSection,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    *,
+    max_rows: int | None = None,
+    where: str = "evaluation.source",
+) -> list[Row]:
+    """Prompts and expected answers of a source, for task metrics; empty for plain text, which has no prompts.
+
+    Raises:
+        DataError: the source is missing, empty or of unknown shape, or too many rows are malformed.
+    """
+    opened, rows = _first_rows(source, where)
+    encoder = _encoder(source, data, tokenizer, template, _recognize(source, rows, opened))
+    return list(islice(_rows(opened, encoder, source, data), max_rows))
+
+
+def prepare_validation_rows(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    *,
+    seed: int,
+    max_rows: int | None = None,
+) -> list[Row]:
+    """Prompts and expected answers of the validation rows, the same ones that `prepare_data` holds out.
+
+    Raises:
+        DataError: as `prepare_data` does.
+    """
+    if data.validation.source is not None:
+        where = "data.validation.source"
+        return prepare_rows(data.validation.source, data, tokenizer, template, max_rows=max_rows, where=where)
+    validation = prepare_data(data, tokenizer, template, seed=seed).validation
+    if validation is None:
+        return []
+    wanted = {validation.origin(index) for index in range(len(validation))}
+    found: list[Row] = []
+    for index, section in enumerate(data.sources):
+        opened, rows = _first_rows(section, f"data.sources[{index}]")
+        encoder = _encoder(section, data, tokenizer, template, _recognize(section, rows, opened))
+        found.extend(row for row in _rows(opened, encoder, section, data) if row.origin in wanted)
+    return found[:max_rows]
+
+
+def _open(
+    section: SourceSection,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    where: str,
+    role: str,
+    ledger: Ledger,
+) -> Opened:
+    source, first = _first_rows(section, where)
+    encoder = _encoder(section, data, tokenizer, template, _recognize(section, first, source))
+    key = cache_key(key_parts(source, section, data, tokenizer, template))
+    store = open_store(key)
+    cache = "found"
+    if store is None:
+        cache = "made"
+        chunks = _encode(source, section, encoder, data.num_workers)
+        store = write_store(key, chunks, vocab_size=len(tokenizer), extra={"format": encoder.format})
+    account = _account(section, store, where, role, encoder.format, cache)
+    rejected = [RejectedRow(source.origin(row.file, row.number), row.kind, row.reason) for row in store.rejected]
+    ledger.sources.append(account)
+    ledger.rejected.extend(rejected)
+    if data.over_length == "error":
+        check_no_over_length(account, rejected)
+    check_source(
+        account,
+        rejected,
+        max_rejected_share=data.max_rejected_share,
+        max_over_length_share=data.max_over_length_share,
+    )
+    say(f"{section.path}: {account.rows_kept:,} rows, format {account.format}, cache {cache}")
+    return Opened(source, store, account)
+
+
+def key_parts(
+    source: Source,
+    section: SourceSection,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+) -> dict[str, object]:
+    """Everything of the recipe, the data and the tokenizer that shapes the samples of one source."""
+    return {
+        "data": source.digest,
+        "tokenizer": hashlib.sha256(backend(tokenizer).to_str().encode()).hexdigest(),
+        "special_tokens": special_tokens_of(tokenizer.special_tokens_map),
+        "bos_habit": bos_habit(tokenizer),
+        "template": [template.source, template.tail, template.terminator, template.system_role],
+        "section": data.model_dump(mode="json", exclude=_NOT_IN_KEY),
+        "source": {"format": section.format, "columns": section.columns, "max_rows": section.max_rows},
+    }
+
+
+def _first_rows(section: SourceSection, where: str) -> tuple[Source, list[RawRow]]:
+    source = open_source(section, where)
+    rows = list(islice(source.rows(), _PEEKED_ROWS))
+    if not rows:
+        raise DataError(f"{where}.path: {section.path} holds no rows.")
+    return source, rows
+
+
+def _recognize(section: SourceSection, rows: list[RawRow], source: Source) -> str:
+    found = columns_of(rows)
+    if not found:
+        first = source.origin(rows[0].file, rows[0].number)
+        raise DataError(f"{source.where}.path: none of the first {len(rows)} rows is an object (see {first}).")
+    return recognize_format(section.format, section.columns, found, source.where)
+
+
+def _encoder(
+    section: SourceSection,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    format_name: str,
+) -> Encoder:
+    return Encoder(
+        rust=backend(tokenizer),
+        source=template.source,
+        special_tokens=special_tokens_of(tokenizer.special_tokens_map),
+        added=added_tokens(tokenizer),
+        tail=template.tail,
+        terminator=template.terminator,
+        system_role=template.system_role,
+        bos_id=tokenizer.bos_token_id if bos_habit(tokenizer) else None,
+        eos_id=tokenizer.eos_token_id,
+        format=format_name,
+        columns=dict(section.columns),
+        system=data.system,
+        train_on=data.train_on,
+        max_seq_len=data.max_seq_len,
+        over_length=data.over_length,
+    )
+
+
+def _encode(source: Source, section: SourceSection, encoder: Encoder, num_workers: int | None) -> Iterator[Chunk]:
+    total = min(source.num_rows_hint, section.max_rows or source.num_rows_hint)
+    say(f"{section.path}: format {encoder.format}" + (" (told from its columns)" if section.format == "auto" else ""))
+    with progress_bar(f"tokenizing {section.path}", total) as bar:
+        for chunk in encode_stream(encoder, islice(source.rows(), section.max_rows), num_workers):
+            bar.advance(chunk.counts["rows_read"])
+            yield chunk
+
+
+def _account(section: SourceSection, store: Store, where: str, role: str, format_name: str, cache: str) -> SourceLedger:
+    meta = store.meta
+    counts = meta["counts"]
+    prefix = "dropped "
+    total, supervised = meta["num_tokens"], meta["num_supervised"]
+    return SourceLedger(
+        where=where,
+        path=section.path,
+        role=role,
+        format=format_name,
+        rows_read=counts.get("rows_read", 0),
+        rows_kept=counts.get("rows_kept", 0),
+        rows_truncated=counts.get("rows_truncated", 0),
+        rows_split=counts.get("rows_split", 0),
+        rows_over_length=counts.get("rows_over_length", 0),
+        rows_one_sample_per_turn=counts.get("rows_one_sample_per_turn", 0),
+        rows_encoded_in_parts=counts.get("rows_encoded_in_parts", 0),
+        turns_dropped=counts.get("turns_dropped", 0),
+        dropped={name[len(prefix) :]: count for name, count in counts.items() if name.startswith(prefix)},
+        samples=len(store),
+        total_tokens=total,
+        supervised_tokens=supervised,
+        label_coverage=supervised / total if total else 0.0,
+        lengths=meta["lengths"],
+        weight=section.weight,
+        cache=cache,
+    )
+
+
+def _check_supervised(train: TokenDataset, validation: TokenDataset | None) -> None:
+    for name, dataset in (("training", train), ("validation", validation)):
+        if dataset is not None and not dataset.num_supervised.sum():
+            raise DataError(
+                f"data: no token of the {name} data is supervised, so there is nothing to learn: every "
+                "row was dropped or cut before its answer. Look at the rows with `finetune preview`, and at "
+                "data.max_seq_len, data.over_length and data.train_on."
+            )
+
+
+def _count(ledger: Ledger, train: TokenDataset, validation: TokenDataset | None) -> None:
+    ledger.train_samples = len(train)
+    ledger.train_tokens = int(train.lengths.sum(dtype=np.int64))
+    ledger.train_supervised_tokens = int(train.num_supervised.sum(dtype=np.int64))
+    if validation is not None:
+        ledger.validation_samples = len(validation)
+        ledger.validation_tokens = int(validation.lengths.sum(dtype=np.int64))
+        ledger.validation_supervised_tokens = int(validation.num_supervised.sum(dtype=np.int64))
+
+
+def _rows(source: Source, encoder: Encoder, section: SourceSection, data: DataSection) -> Iterator[Row]:
+    """Prompts and answers of a source; malformed rows count against `data.max_rejected_share`."""
+    if encoder.format == "text":
+        return
+    total = num_bad = 0
+    first_bad = ""
+    for raw in islice(source.rows(), section.max_rows):
+        total += 1
+        origin = source.origin(raw.file, raw.number)
+        try:
+            messages = encoder.messages(raw)
+        except RowError as error:
+            num_bad += 1
+            first_bad = first_bad or f"{origin}: {error}"
+            if not data.max_rejected_share:
+                break
+            continue
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+        if last is not None:
+            yield Row(messages[:last], str(messages[last]["content"]), origin)
+    if num_bad > data.max_rejected_share * total:
+        raise DataError(
+            f"{source.where}: {num_bad:,} of {total:,} rows cannot be used ({MALFORMED}), "
+            f"and data.max_rejected_share is {data.max_rejected_share}:\n  {first_bad}"
+        )
+
+
+__all__ = ["PreparedData", "Row", "prepare_data", "prepare_rows", "prepare_validation_rows"]

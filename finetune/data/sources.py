@@ -1,0 +1,260 @@
+"""Sources: files, folders, globs and hub data sets become one stream of numbered raw rows.
+
+A JSON line stays bytes until a worker parses it; everything else is an object. Files are hashed whole, so
+that a changed byte is a changed data set.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from finetune.data.formats import RowError, load_line
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import SourceSection
+
+_BLOCK_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class RawRow(NamedTuple):
+    """A row before its format is applied."""
+
+    file: int
+    """Index into the source's files."""
+    number: int
+    """Line (jsonl, csv) or row (json, parquet, hub), from 1."""
+    payload: bytes | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved source: names of its files, a hash of all its bytes, and its rows."""
+
+    where: str
+    """The recipe's key, for messages: `data.sources[0]`."""
+    names: tuple[str, ...]
+    """Paths of the files as users know them; a hub data set is one name."""
+    digest: str
+    """sha256 of the content, without names: a moved file is the same data."""
+    num_rows_hint: int
+    """About how many rows there are, for the progress bar."""
+    rows: Callable[[], Iterator[RawRow]]
+    """Opens the stream of rows."""
+
+    def origin(self, file: int, number: int) -> str:
+        """`path/to/file.jsonl:12`."""
+        return f"{self.names[file]}:{number}"
+
+
+def open_source(section: SourceSection, where: str) -> Source:
+    """Find and hash what `section.path` names; `where` is its key in the recipe, for messages.
+
+    Raises:
+        DataError: nothing is there, it is empty, of an unknown kind, or the hub cannot be reached.
+    """
+    files = _find_files(section.path, where)
+    if files is None:
+        return _open_hub(section, where)
+    names = tuple(str(file) for file in files)
+    digest, hint = hashlib.sha256(), 0
+    for file in files:
+        hint += _hash_file(file, digest, where)
+    reader = READERS[files[0].suffix.lower()]
+
+    def rows() -> Iterator[RawRow]:
+        for index, file in enumerate(files):
+            try:
+                for number, payload in reader(file):
+                    yield RawRow(index, number, payload)
+            except OSError as error:
+                raise DataError(f"{where}.path: {file} cannot be read: {error.strerror or error}.") from error
+
+    return Source(where, names, digest.hexdigest(), hint, rows)
+
+
+def columns_of(rows: list[RawRow]) -> list[str]:
+    """The columns that occur in `rows`, in order of appearance."""
+    found: dict[str, None] = {}
+    for row in rows:
+        try:
+            value = load_line(row.payload) if isinstance(row.payload, bytes) else row.payload
+        except RowError:
+            continue
+        if isinstance(value, Mapping):
+            found.update(dict.fromkeys(str(key) for key in value))
+    return list(found)
+
+
+def _find_files(path: str, where: str) -> list[Path] | None:
+    """The files that a path names, sorted; None where it can only be a hub id."""
+    accepted = ", ".join(READERS)
+    target = Path(path).expanduser()
+    if target.is_file():
+        files = [target]
+    elif target.is_dir():
+        found = (file for file in target.rglob("*") if not _hidden(file.relative_to(target)))
+        files = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
+        if not files:
+            raise DataError(f"{where}.path: the folder {path} holds no file of a known kind ({accepted}).")
+    elif any(sign in path for sign in "*?["):
+        files = sorted(Path(name) for name in glob.glob(str(target), recursive=True) if Path(name).is_file())
+        if not files:
+            raise DataError(f"{where}.path: no file matches {path} (seen from {Path.cwd()}).")
+    elif target.suffix.lower() in READERS or not _HUB_ID.fullmatch(path):
+        raise DataError(f"{where}.path: there is no file {path} (seen from {Path.cwd()}).")
+    else:
+        return None
+    kinds = sorted({file.suffix.lower() for file in files})
+    unknown = [kind for kind in kinds if kind not in READERS]
+    if unknown:
+        raise DataError(
+            f"{where}.path: {path} is of an unknown kind ({unknown[0] or 'no suffix'}). Accepted: {accepted}."
+        )
+    if len(kinds) > 1:
+        raise DataError(
+            f"{where}.path: {path} holds files of several kinds ({', '.join(kinds)}). "
+            f"Name one kind with a glob, e.g. {path.rstrip('/')}/*{kinds[0]}, or list several sources."
+        )
+    return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _hash_file(file: Path, digest: Any, where: str) -> int:
+    """Add the file's bytes to `digest`; returns its number of lines."""
+    lines, last = 0, b"\n"
+    try:
+        own = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                own.update(block)
+                lines += block.count(b"\n")
+                last = block[-1:]
+    except OSError as error:
+        raise DataError(f"{where}.path: {file} cannot be read: {error.strerror or error}.") from error
+    digest.update(own.digest())
+    return lines + (last != b"\n")
+
+
+Numbered = Iterator[tuple[int, bytes | Mapping[str, Any]]]
+
+
+def _read_jsonl(file: Path) -> Numbered:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.strip()
+            if line:
+                yield number, line
+
+
+def _read_json(file: Path) -> Numbered:
+    raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not raw.startswith(b"["):  # JSON lines under another name
+        yield from _read_jsonl(file)
+        return
+    try:
+        rows = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{file} is not a valid JSON array: {error}.") from error
+    for number, row in enumerate(rows, 1):
+        # a row that is no object is rejected with the others, where it is counted and named
+        yield number, row if isinstance(row, dict) else json.dumps(row).encode()
+
+
+def _read_csv(file: Path) -> Numbered:
+    csv.field_size_limit(1 << 30)
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    before = 1
+    try:
+        for row in reader:
+            row.pop(None, None)  # cells beyond the header have no column
+            yield before + 1, row
+            before = reader.line_num
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num} is not valid CSV: {error}.") from error
+
+
+def _read_parquet(file: Path) -> Numbered:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _read_txt(file: Path) -> Numbered:
+    """The whole file is one document: lines would lose what came before them."""
+    try:
+        yield 1, {"text": file.read_bytes().decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+
+
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+
+def _open_hub(section: SourceSection, where: str) -> Source:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(section.path, name=section.name, split=section.split, revision=section.revision)
+    except Exception as error:  # the hub, the network, a builder: datasets wraps them in many types
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{where}.path: {section.path!r} is no file or folder seen from {Path.cwd()}, and as a hub data "
+            f"set (name: {section.name}, split: {section.split}, revision: {section.revision}) it could not "
+            f"be loaded: {type(error).__name__}: {first_line} Check the spelling, name and split; without "
+            "network, download the files elsewhere and name them here."
+        ) from error
+
+    def rows() -> Iterator[RawRow]:
+        for start in range(0, len(table), 1024):
+            batch: dict[str, list[Any]] = table[start : start + 1024]
+            for offset in range(len(next(iter(batch.values()), []))):
+                yield RawRow(0, start + offset + 1, {key: values[offset] for key, values in batch.items()})
+
+    return Source(where, (section.path,), _hash_hub(table, section, where), len(table), rows)
+
+
+def _hash_hub(table: Any, section: SourceSection, where: str) -> str:
+    """sha256 of the split's name and size and of its Arrow files."""
+    digest = hashlib.sha256(f"{section.split}:{len(table)}".encode())
+    cached = [Path(entry["filename"]) for entry in table.cache_files]
+    for file in cached:
+        _hash_file(file, digest, where)
+    if not cached:
+        digest.update(str(table._fingerprint).encode())
+    return digest.hexdigest()

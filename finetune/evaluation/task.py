@@ -1,0 +1,126 @@
+"""Measuring a model on rows: its completions, their metrics, and the first ones to look at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.prepare import Row, prepare_data, prepare_rows, prepare_validation_rows
+from finetune.data.template import ChatTemplate, encode_prompt
+from finetune.evaluation.metrics import METRICS
+from finetune.inference.generate import Sampling, generate
+from finetune.recipe.schema import EvaluationSection, Recipe, ValidationSection
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.data.dataset import TokenDataset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion beside what was asked and expected."""
+
+    prompt: str
+    expected: str
+    completion: str
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model did on the rows."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+    num_rows: int  # completed
+    num_cut: int  # of them, ended by max_new_tokens
+    seconds: float
+    new_tokens: int
+
+
+def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[list[Row], TokenDataset | None]:
+    """The test rows of a recipe, for completions and as tokens for perplexity; [] and None if not asked for.
+
+    They come from `evaluation.source`, else from the validation rows.
+
+    Raises:
+        DataError: the source is missing, empty or of unknown shape.
+    """
+    section, data, seed = recipe.evaluation, recipe.data, recipe.training.seed
+    rows: list[Row] = []
+    limit = _num_completed(section)
+    if section.source is None:
+        if limit != 0:
+            rows = prepare_validation_rows(data, tokenizer, template, seed=seed, max_rows=limit)
+        wants_tokens = "perplexity" in section.metrics
+        return rows, prepare_data(data, tokenizer, template, seed=seed).validation if wants_tokens else None
+    if limit != 0:
+        rows = prepare_rows(section.source, data, tokenizer, template, max_rows=limit)
+    if "perplexity" not in section.metrics:
+        return rows, None
+    limits = [number for number in (section.source.max_rows, section.max_rows) if number is not None]
+    source = section.source.model_copy(update={"max_rows": min(limits, default=None)})
+    test = data.model_copy(update={"sources": [source], "validation": ValidationSection()})
+    return rows, prepare_data(test, tokenizer, template, seed=seed).train
+
+
+def evaluate_task(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    template: ChatTemplate,
+    rows: list[Row],
+    section: EvaluationSection,
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> TaskResult:
+    """Greedy completions of `rows` (at most `section.max_rows`) and the section's metrics of them.
+
+    Without a task metric only the samples are completed. Samples are the first rows, the same every time.
+    The model is left as it was found. Perplexity is not among the metrics: it is measured on tokens.
+    """
+    rows = rows[: _num_completed(section)]
+    start = time.perf_counter()
+    prompts = [encode_prompt(tokenizer, template, row.messages) for row in rows]
+    sampling = Sampling(max_new_tokens=section.max_new_tokens)
+    completions = generate(
+        model,
+        tokenizer,
+        prompts,
+        template.stop_token_ids,
+        sampling,
+        batch_size=section.batch_size,
+        on_batch=on_batch,
+    )
+    texts = [completion.text for completion in completions]
+    names = [str(name) for name in section.metrics if name in METRICS]
+    metrics = {name: METRICS[name](rows, texts) for name in names} if rows else {}
+    samples = [
+        Sample(prompt_text(row.messages), row.expected, completion.text, completion.stopped)
+        for row, completion in zip(rows[: section.num_samples], completions, strict=False)
+    ]
+    return TaskResult(
+        metrics,
+        samples,
+        num_rows=len(rows),
+        num_cut=sum(not completion.stopped for completion in completions),
+        seconds=time.perf_counter() - start,
+        new_tokens=sum(len(completion.token_ids) for completion in completions),
+    )
+
+
+def _num_completed(section: EvaluationSection) -> int | None:
+    """How many rows are completed; None for all of them."""
+    if any(name in METRICS for name in section.metrics):
+        return section.max_rows
+    return min(section.num_samples, section.max_rows or section.num_samples)
+
+
+def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What a reader needs of a prompt: the user's message, or a conversation's turns, without system text."""
+    turns = [message for message in messages if message["role"] != "system"] or messages
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -1,0 +1,117 @@
+"""A temporary dense copy of quantized and adapted layers, for decoding on CPU.
+
+A product with a 4-bit weight expands the whole weight first; decoding repeats that for every token. Expanding
+once, with the adapter added, leaves one plain product per layer. The model keeps its modules and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners.lora import LoraLayer
+from torch.distributed.tensor import DTensor
+
+# Of the memory that is free, the share that copies may take.
+MAX_SHARE = 0.25
+
+
+@contextmanager
+def dense_weights(model: torch.nn.Module, max_bytes: int | None = None) -> Iterator[int]:
+    """Within this, 4-bit linear layers and layers with LoRA are plain linear ones; yields the copies' bytes.
+
+    The weights are those of the quantized model plus its adapter, rounded to the dtype of the base. Nothing
+    changes (0 bytes) on another device than the CPU, for a sharded model, or if the copies would take more
+    than `max_bytes` (default: a quarter of the free memory). A layer that is no plain LoRA (DoRA, a merged
+    adapter) stays as it is.
+    """
+    places = _places(model)
+    limit = int(psutil.virtual_memory().available * MAX_SHARE) if max_bytes is None else max_bytes
+    size = sum(_copy_bytes(layer) for _, _, layer in places)
+    if size > limit:
+        places, size = [], 0
+    try:
+        for parent, name, layer in places:
+            parent._modules[name] = _dense_copy(layer)
+        yield size
+    finally:
+        for parent, name, layer in places:
+            parent._modules[name] = layer
+
+
+def _places(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """(parent, name, layer) of everything that is replaced; a layer's own parts are not."""
+    found: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
+    pending = [model]
+    while pending:
+        parent = pending.pop()
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if _is_replaceable(child):
+                found.append((parent, name, child))
+            else:
+                pending.append(child)
+    return found
+
+
+def _is_replaceable(module: torch.nn.Module) -> bool:
+    if isinstance(module, LoraLayer):
+        base = module.get_base_layer()
+        if module.merged or any(module.lora_variant.get(name) for name in module.active_adapters):
+            return False
+        if any(getattr(module, "lora_bias", {}).get(name) for name in module.active_adapters):
+            return False
+        if isinstance(base, Linear8bitLt) or not isinstance(base, torch.nn.Linear):
+            return False
+    elif isinstance(module, Linear4bit):
+        base = module
+    else:
+        return False
+    if isinstance(base, Linear4bit) and getattr(base.weight, "quant_state", None) is None:
+        return False
+    return base.weight.device.type == "cpu" and not isinstance(base.weight, DTensor)
+
+
+def _base_layer(layer: torch.nn.Module) -> torch.nn.Linear:
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    assert isinstance(base, torch.nn.Linear)
+    return base
+
+
+def _dtype(base: torch.nn.Linear) -> torch.dtype:
+    dtype: torch.dtype = base.weight.quant_state.dtype if isinstance(base, Linear4bit) else base.weight.dtype
+    return dtype
+
+
+def _copy_bytes(layer: torch.nn.Module) -> int:
+    base = _base_layer(layer)
+    return base.in_features * base.out_features * _dtype(base).itemsize
+
+
+def _dense_copy(layer: torch.nn.Module) -> torch.nn.Linear:
+    """A linear layer that computes what `layer` does."""
+    base = _base_layer(layer)
+    if isinstance(base, Linear4bit):
+        weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
+    else:
+        weight = base.weight.data
+    if isinstance(layer, LoraLayer) and not layer.disable_adapters:
+        total = weight.float()
+        if total is weight:
+            total = weight.clone()
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                up, down = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
+                total.addmm_(up.float(), down.float(), alpha=layer.scaling[name])
+        weight = total
+    with torch.device("meta"):
+        dense = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+    dense.weight = torch.nn.Parameter(weight.to(_dtype(base)), requires_grad=False)
+    dense.bias = base.bias
+    dense.training = False
+    return dense

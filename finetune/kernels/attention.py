@@ -1,0 +1,167 @@
+"""Attention over packed rows by blocks: its cost is quadratic in the samples, not in the row.
+
+`segments` is registered as an attention implementation of transformers. It computes one kernel call per
+block of the row's layout and merges a sample's view of its prefix with its view of itself by their
+log-sum-exp; the backward pass hands each block the merged result, which makes its gradient exact
+(the identity that ring attention uses: Liu et al. 2023, section 3). Without a layout it is plain causal
+attention, which is also right for right-padded batches: no real token comes after a pad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from finetune.kernels.layout import Block, RowLayout, attention_blocks
+
+NAME = "segments"
+
+# The layout of the row being computed. A module global, not a thread-local: with gradient checkpointing
+# the autograd engine calls the forward pass again from its own threads.
+_layout: RowLayout | None = None
+
+
+@contextmanager
+def packed_row(layout: RowLayout | None) -> Iterator[None]:
+    """Within this, `segments` attention isolates the samples of `layout`. Must enclose the backward pass too."""
+    global _layout
+    outer, _layout = _layout, layout
+    try:
+        yield
+    finally:
+        _layout = outer
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention [B, T, H, D] for query [B, H, T, D] and key, value [B, H_kv, T, D], by transformers' interface.
+
+    Raises:
+        NotImplementedError: for what it would compute wrongly: attention dropout, a logit cap, a mask, or a
+            sample longer than the layer's sliding window.
+    """
+    _refuse_what_would_be_wrong(module, attention_mask, dropout, _)
+    num_tokens = query.shape[2]
+    layout = _layout or ()
+    if sliding_window is not None and _longest_sample(layout, num_tokens) > sliding_window:
+        raise NotImplementedError(
+            f"segments attention: a sample is longer than the sliding window of {sliding_window} tokens"
+        )
+    if layout:
+        out = block_attention(query, key, value, attention_blocks(layout, num_tokens), scaling)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def block_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scale: float | None
+) -> torch.Tensor:
+    """Attention [1, H, T, D] where each query sees the union of its blocks (causal ones first)."""
+    if query.device.type == "cpu":
+        out: torch.Tensor = _CpuBlockAttention.apply(query, key, value, blocks, scale)
+        return out
+    return _masked_block_attention(query, key, value, blocks, scale)
+
+
+def _refuse_what_would_be_wrong(
+    module: torch.nn.Module, mask: torch.Tensor | None, dropout: float, extra: dict[str, Any]
+) -> None:
+    if mask is not None:
+        raise NotImplementedError("segments attention takes a row layout, not a mask")
+    if dropout and module.training:
+        raise NotImplementedError("segments attention has no dropout on attention weights")
+    if extra.get("softcap") is not None or extra.get("s_aux") is not None:
+        raise NotImplementedError("segments attention has no logit cap and no attention sinks")
+
+
+def _longest_sample(layout: RowLayout, num_tokens: int) -> int:
+    if not layout:
+        return num_tokens
+    return max(group.prefix_len + max(group.suffix_lens, default=0) for group in layout)
+
+
+def _masked_block_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scale: float | None
+) -> torch.Tensor:
+    """The same by one dense mask: any device, quadratic in the row."""
+    num_tokens = query.shape[2]
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=query.device)
+    for block in blocks:
+        part = mask[block.q_start : block.q_end, block.k_start : block.k_end]
+        part.fill_(True)
+        if block.causal:
+            part.tril_()
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+class _CpuBlockAttention(torch.autograd.Function):
+    """One call of torch's CPU flash kernel per block, merged by log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, blocks: list[Block], scale: float | None):  # type: ignore[no-untyped-def]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out = torch.empty_like(query)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        for q0, q1, k0, k1, causal in blocks:
+            part, part_lse = flash(query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], 0.0, causal, scale=scale)
+            if causal:
+                out[:, :, q0:q1] = part
+                lse[:, :, q0:q1] = part_lse
+                continue
+            own, own_lse = out[:, :, q0:q1], lse[:, :, q0:q1]
+            merged_lse = torch.logaddexp(own_lse, part_lse)
+            weight = torch.exp(part_lse - merged_lse).unsqueeze(-1)
+            out[:, :, q0:q1] = torch.lerp(own.float(), part.float(), weight)
+            lse[:, :, q0:q1] = merged_lse
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out):  # type: ignore[no-untyped-def]
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key, value, out, lse = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        grad_key = torch.empty_like(key)
+        grad_value = torch.empty_like(value)
+        for q0, q1, k0, k1, causal in ctx.blocks:
+            grads = flash_backward(
+                grad_out[:, :, q0:q1],
+                query[:, :, q0:q1],
+                key[:, :, k0:k1],
+                value[:, :, k0:k1],
+                out[:, :, q0:q1],
+                lse[:, :, q0:q1],
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+            targets = (grad_query[:, :, q0:q1], grad_key[:, :, k0:k1], grad_value[:, :, k0:k1])
+            for target, grad in zip(targets, grads, strict=True):
+                # Causal blocks come first and cover every token once: they write, full blocks add.
+                if causal:
+                    target.copy_(grad)
+                else:
+                    target.add_(grad)
+        return grad_query, grad_key, grad_value, None, None
+
+
+def register() -> None:
+    """Make `segments` known to transformers, without a mask function: it gets none."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, segment_attention)

@@ -1,0 +1,91 @@
+"""Cross-entropy of a language-model head over supervised positions only, a chunk of tokens at a time.
+
+Neither the logits nor their gradient ever exist for more than one chunk, so memory is bounded by the chunk and not
+by tokens x vocabulary. Each chunk's gradient is taken in the forward pass, so nothing is computed twice.
+
+Shapes: N supervised tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# fp32 logits of one chunk. 32 MB stays near the caches of a CPU and is far below a GPU's other needs.
+CHUNK_BYTES = 32 * 2**20
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose fp32 logits fill one chunk, at least 16 and a multiple of 8."""
+    return max(16, CHUNK_BYTES // (4 * vocab_size) // 8 * 8)
+
+
+def chunked_cross_entropy(
+    hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, params: list[torch.Tensor], vocab_size: int
+) -> torch.Tensor:
+    """Summed loss (fp32 scalar) of predicting `targets_N` from `head(hidden_ND)`.
+
+    `head` maps [n, D] to logits [n, V] with all of the model's own post-processing; `params` are its trainable
+    parameters (none for a frozen head), which receive their gradient too.
+    """
+    if hidden_ND.shape[0] == 0:
+        # Keeps the graph whole for a micro-batch without labels: every rank must run the same backward.
+        return hidden_ND.float().sum() * 0.0
+    if not torch.is_grad_enabled():
+        return _summed_loss(hidden_ND, targets_N, head, vocab_size)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_ND, targets_N, head, vocab_size, *params)
+    return loss
+
+
+def _summed_loss(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
+    size = chunk_tokens(vocab_size)
+    loss = hidden_ND.new_zeros((), dtype=torch.float32)
+    for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
+        loss = loss + F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND, targets_N, head: Head, vocab_size: int, *params):  # type: ignore[no-untyped-def]
+        size = chunk_tokens(vocab_size)
+        grad_hidden = torch.empty_like(hidden_ND)
+        grad_params = [torch.zeros_like(param) for param in params]
+        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden_ND.shape[0], size):
+            part = hidden_ND[start : start + size].detach().requires_grad_()
+            targets = targets_N[start : start + size]
+            with torch.enable_grad():
+                logits = head(part)
+            part_loss, grad_logits = _loss_and_gradient(logits.detach(), targets)
+            loss += part_loss
+            grads = torch.autograd.grad(logits, [part, *params], grad_logits)
+            del logits, grad_logits
+            grad_hidden[start : start + size] = grads[0]
+            for total, grad in zip(grad_params, grads[1:], strict=True):
+                total += grad
+        ctx.save_for_backward(grad_hidden, *grad_params)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss):  # type: ignore[no-untyped-def]
+        grad_hidden, *grad_params = ctx.saved_tensors
+        return (grad_hidden * grad_loss, None, None, None, *(grad * grad_loss for grad in grad_params))
+
+
+def _loss_and_gradient(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss and its gradient (softmax minus one-hot) in the logits' dtype, with one fp32 [n, V] temporary."""
+    index = targets_n[:, None]
+    probs = logits_nV.float()
+    if probs is logits_nV:
+        probs = probs.clone()
+    lse = torch.logsumexp(probs, dim=-1, keepdim=True)
+    loss = (lse - probs.gather(1, index)).sum()
+    probs.sub_(lse).exp_()
+    probs.scatter_add_(1, index, torch.full_like(index, -1, dtype=probs.dtype))
+    return loss, probs.to(logits_nV.dtype)

@@ -1,0 +1,1 @@
+"""Base models: finding, loading, quantizing them, and attaching adapters."""

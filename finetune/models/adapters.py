@@ -1,0 +1,149 @@
+"""Adapters: attaching them to a base model, finding their targets, reading and writing them in PEFT's format."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import ModelError
+from finetune.recipe.schema import LoraSection
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+_INIT = {"default": True}
+
+
+def attach_adapter(base: Any, adapter: LoraSection, tokenizer: Any, *, seed: int) -> PeftModel:
+    """Wrap `base` with a fresh adapter: fp32, the only trainable parameters, the same values for the same seed.
+
+    Raises:
+        ModelError: if a target is not in the model; the message lists what is.
+    """
+    config = build_config(base, adapter, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(base, config)
+    for parameter in trainable_parameters(model):
+        parameter.data = parameter.data.float()
+    model.train()
+    return model
+
+
+def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
+    """PEFT's configuration for the recipe's adapter, its targets checked against the model's modules."""
+    names = [name for name, _ in base.named_modules()]
+    if adapter.target_modules != "all-linear":
+        _require_modules("adapter.target_modules", adapter.target_modules, names, linear_names(base))
+    _require_modules("adapter.modules_to_save", adapter.modules_to_save, names, _top_names(names))
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        exclude_modules=adapter.exclude_modules or None,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        init_lora_weights=_INIT.get(adapter.init, adapter.init),  # type: ignore[arg-type]
+        modules_to_save=adapter.modules_to_save or None,
+        trainable_token_indices=token_indices(adapter, tokenizer) or None,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+    )
+
+
+def linear_names(base: Any) -> list[str]:
+    """Short names of the linear layers that an adapter can target, output head excepted."""
+    head = base.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return sorted(found)
+
+
+def _top_names(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names if name and not name.rpartition(".")[2].isdigit()})
+
+
+def _require_modules(key: str, wanted: Iterable[str], names: list[str], candidates: list[str]) -> None:
+    for target in wanted:
+        if any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        near = difflib.get_close_matches(target, candidates, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ModelError(f"{key}: the model has no module {target}{hint} It has: {', '.join(candidates)}")
+
+
+def token_indices(adapter: LoraSection, tokenizer: Any) -> list[int]:
+    """Ids of the recipe's trainable tokens; text that is no token yet is added to the tokenizer."""
+    indices = []
+    for token in adapter.trainable_tokens:
+        if isinstance(token, int):
+            indices.append(token)
+            continue
+        if token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([token], special_tokens=False)
+        indices.append(tokenizer.convert_tokens_to_ids(token))
+    return indices
+
+
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that training changes, in a fixed order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's names, on the CPU."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+
+
+def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter as PEFT does: weights and configuration. `state` is what `adapter_state` returned."""
+    save_file(adapter_state(model) if state is None else state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config["inference_mode"] = True
+    config["peft_version"] = peft.__version__
+    text = json.dumps(config, indent=2, sort_keys=True, default=_jsonable)
+    (folder / CONFIG_NAME).write_text(text + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", str(value))
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Fill the attached adapter from `folder`, every key matched.
+
+    Raises:
+        ModelError: if a tensor is missing, unknown or of another shape (PEFT alone would only warn).
+    """
+    path = folder / WEIGHTS_NAME
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise ModelError(f"{path}: cannot be read as an adapter: {error}") from error
+    own = adapter_state(model)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if missing or unknown or shapes:
+        raise ModelError(
+            f"{path}: does not fit the model: {len(missing)} tensors missing ({', '.join(missing[:2])}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:2])}), {len(shapes)} of another shape "
+            f"({', '.join(sorted(shapes)[:2])})"
+        )
+    set_peft_model_state_dict(model, state)

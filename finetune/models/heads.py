@@ -1,0 +1,54 @@
+"""A causal language model as two parts: the decoder, and the head that turns hidden states into logits.
+
+Training computes logits at supervised positions only, so it calls the parts apart and must repeat what a
+model does to its logits. `check_head` compares both ways on the loaded model, so an unknown model is
+refused instead of trained on a wrong loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from finetune.errors import ModelError
+
+
+def decoder_of(causal_lm: Any) -> torch.nn.Module:
+    """The module that maps input ids to hidden states [B, T, D]."""
+    decoder: torch.nn.Module = causal_lm.get_decoder()
+    return decoder
+
+
+def head_logits(causal_lm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] of hidden states [..., D], with the model's own scale and soft cap."""
+    logits: torch.Tensor = causal_lm.get_output_embeddings()(hidden)
+    config = causal_lm.config.get_text_config()
+    # Cohere multiplies, Granite divides; Gemma 2 and later caps.
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_head(causal_lm: Any, name: str) -> None:
+    """Compare decoder and head called apart with the model's own forward on a few tokens.
+
+    Raises:
+        ModelError: if they differ: the model does something to its logits that `head_logits` does not know.
+    """
+    device = next(causal_lm.parameters()).device
+    ids = torch.arange(3, 11, device=device)[None] % causal_lm.config.get_text_config().vocab_size
+    want = causal_lm(input_ids=ids, use_cache=False).logits
+    got = head_logits(causal_lm, decoder_of(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state)
+    # Same operations in the same order: equal but for the rounding of a different product shape.
+    scale = want.abs().max().clamp(min=1e-6)
+    if ((got - want).abs().max() / scale).item() > 1e-2:
+        raise ModelError(
+            f"model.name: {name} changes its logits after the head in a way that is not known here, "
+            "so its loss would be wrong; please report the model"
+        )

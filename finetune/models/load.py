@@ -1,0 +1,122 @@
+"""Loading a base model and its tokenizer as the recipe says: dtype, quantization, attention."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from finetune.errors import ModelError
+from finetune.kernels import attention
+from finetune.models.sources import ModelSource, unreachable
+from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISION_DTYPES = {"32-true": "fp32", "bf16-true": "bf16", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries off the screen; our own messages say what matters."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def load_tokenizer(model: ModelSection, source: ModelSource) -> Any:
+    """The tokenizer; where it has no pad token, one that is never a label takes its place, else EOS.
+
+    Raises:
+        ModelError: if there is none, or it has no end-of-sequence token.
+    """
+    location = model.tokenizer or source.location
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            location,
+            revision=None if model.tokenizer else source.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except Exception as error:
+        raise _tokenizer_error(location, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.tokenizer: {location} has no end-of-sequence token, so a model could never stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tokenizer_error(location: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(f"model.tokenizer: cannot load a tokenizer from {location}: {reason}")
+
+
+def load_config(model: ModelSection, source: ModelSource) -> Any:
+    """The model's configuration, without weights."""
+    try:
+        return AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:
+        raise unreachable(source.name, error) from error
+
+
+def base_dtype(model: ModelSection, precision: str) -> torch.dtype:
+    """Dtype of unquantized base weights: the recipe's, else what the precision computes in."""
+    return DTYPES[PRECISION_DTYPES[precision] if model.dtype == "auto" else model.dtype]
+
+
+def quantization_config(model: ModelSection, *, shardable: bool) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings; `shardable` stores 4-bit weights as bf16 words, which FSDP can split."""
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if model.quantization in QUANTIZED_4BIT:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model.quantization,
+            bnb_4bit_use_double_quant=model.double_quant,
+            bnb_4bit_compute_dtype=DTYPES[model.compute_dtype],
+            bnb_4bit_quant_storage=torch.bfloat16 if shardable else torch.uint8,
+        )
+    return None
+
+
+def load_base(
+    model: ModelSection,
+    source: ModelSource,
+    *,
+    precision: str,
+    attention_name: str,
+    device: torch.device | str = "cpu",
+    shardable: bool = False,
+) -> torch.nn.Module:
+    """The base model on `device`, frozen, in training mode, its key-value cache off.
+
+    Raises:
+        ModelError: if it cannot be found or its files are damaged.
+    """
+    attention.register()
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            revision=source.revision,
+            dtype=base_dtype(model, precision),
+            quantization_config=quantization_config(model, shardable=shardable),
+            attn_implementation=attention_name,
+            device_map={"": device},
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=None,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise unreachable(source.name, error) from error
+    # from_pretrained returns eval mode; in it, bitsandbytes repacks 4-bit weights on CPU for inference only.
+    base.train()
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    loaded: torch.nn.Module = base
+    return loaded

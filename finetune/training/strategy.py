@@ -1,0 +1,156 @@
+"""Where a run computes: one device, DDP, or FSDP, through Lightning.
+
+DDP and FSDP share one strategy class: the adapter is a plain parameter on every rank, and its gradients are summed
+once per optimizer step by the training step itself. FSDP shards the frozen base layer by layer besides.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+from finetune.errors import BadInputError
+from finetune.recipe.schema import DistributedSection, TrainingSection
+
+# Preparing data or loading a model on one rank may take long; a rank that dies is noticed by its launcher instead.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the recipe's `distributed` section means on this machine."""
+
+    accelerator: str  # cpu or cuda
+    devices: int  # processes on this machine
+    num_nodes: int
+    strategy: str  # single, ddp or fsdp
+    cpu_offload: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        return self.devices * self.num_nodes
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the frozen base is split over the processes."""
+        return self.strategy == "fsdp"
+
+
+def resolve_placement(section: DistributedSection) -> Placement:
+    """Devices and strategy, from the recipe and from what torchrun or SLURM say.
+
+    Raises:
+        BadInputError: if the recipe asks for what is not there.
+    """
+    accelerator = section.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    available = torch.cuda.device_count() if accelerator == "cuda" else (os.cpu_count() or 1)
+    if accelerator == "cuda" and available == 0:
+        raise BadInputError("distributed.accelerator: cuda, but torch sees no GPU; use cpu or auto")
+    devices, num_nodes = _launched_size() or (section.devices, section.num_nodes)
+    if devices == "auto":
+        devices = available if accelerator == "cuda" and section.strategy != "single" else 1
+    assert isinstance(devices, int)
+    if accelerator == "cuda" and devices > available:
+        raise BadInputError(f"distributed.devices: {devices}, but this machine has {available} GPUs")
+    strategy = section.strategy
+    if strategy == "auto":
+        strategy = "single" if devices * num_nodes == 1 else "ddp"
+    if strategy == "single" and devices * num_nodes > 1:
+        raise BadInputError(
+            f"distributed.strategy: single, but {devices * num_nodes} processes were started; use ddp or fsdp"
+        )
+    return Placement(accelerator, devices, num_nodes, strategy, section.cpu_offload)
+
+
+def _launched_size() -> tuple[int, int] | None:
+    """(processes per machine, machines) where torchrun or srun started this process."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        local = int(env["LOCAL_WORLD_SIZE"])
+        return local, int(env["WORLD_SIZE"]) // local
+    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in (None, "bash", "interactive"):
+        nodes = int(env.get("SLURM_NNODES", "1"))
+        return int(env["SLURM_NTASKS"]) // nodes, nodes
+    return None
+
+
+class AdapterStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy without its gathers: a checkpoint holds the replicated adapter alone."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The trainable tensors of this rank; they are the same on every rank."""
+        assert self.lightning_module is not None
+        return {n: p.detach() for n, p in self.lightning_module.named_parameters() if p.requires_grad}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's own state; it is the same on every rank."""
+        return optimizer.state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Checkpoints are read by `training.checkpoint`, not by Lightning."""
+
+    def model_to_device(self) -> None:
+        """`FinetuneModule.configure_model` has put everything where it belongs."""
+
+
+def build_strategy(placement: Placement) -> Strategy:
+    """The Lightning strategy of a placement."""
+    if placement.strategy == "single":
+        return SingleDeviceStrategy(device="cuda:0" if placement.accelerator == "cuda" else "cpu")
+    return AdapterStrategy(
+        data_parallel_size=placement.world_size,
+        tensor_parallel_size=1,
+        process_group_backend="nccl" if placement.accelerator == "cuda" else "gloo",
+        timeout=PROCESS_GROUP_TIMEOUT,
+    )
+
+
+def build_trainer(placement: Placement, training: TrainingSection, callbacks: list[L.Callback]) -> L.Trainer:
+    """Lightning's trainer: devices, processes, autocast and hooks; accumulation, clipping and checkpoints are ours."""
+    return L.Trainer(
+        accelerator=placement.accelerator,
+        devices=placement.devices,
+        num_nodes=placement.num_nodes,
+        strategy=build_strategy(placement),
+        plugins=[_precision_plugin(training.precision, placement.accelerator)],
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _precision_plugin(precision: str, accelerator: str) -> Precision:
+    # In "true" precisions the base has its dtype already and trainables stay fp32, so there is nothing to convert.
+    if precision.endswith("-mixed"):
+        return MixedPrecision(precision, accelerator)  # type: ignore[arg-type]
+    return Precision()
+
+
+def shard_base(model: torch.nn.Module, layers: list[torch.nn.Module], mesh: DeviceMesh, *, cpu_offload: bool) -> None:
+    """Split the frozen parameters of `model` over `mesh`, one layer at a time; trainable ones stay whole.
+
+    `model` is the module whose forward starts the computation; what is in no layer (embeddings, head) goes with it.
+    """
+    replicated = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    policy: OffloadPolicy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=replicated, offload_policy=policy)
+    fully_shard(model, mesh=mesh, ignored_params=replicated, offload_policy=policy)

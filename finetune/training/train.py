@@ -1,0 +1,208 @@
+"""The main flow of training, on one screen: prepare, build, resume, fit, save the adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from finetune.console import say
+from finetune.data.dataset import TokenDataset
+from finetune.data.packing import find_prefixes, no_prefixes
+from finetune.data.prepare import PreparedData, prepare_data
+from finetune.data.template import ChatTemplate, load_template
+from finetune.errors import PreemptedError
+from finetune.files import new_directory, replace_directory
+from finetune.models.adapters import save_adapter, token_indices
+from finetune.models.attention import choose_attention, why_not_packed
+from finetune.models.load import load_config, load_tokenizer
+from finetune.models.sources import ModelSource, find_model, fingerprint
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.schema import Recipe
+from finetune.run_dir import RunDir
+from finetune.training.callbacks import CheckpointWriter, Meter, NonFiniteStop, Preemption, RunState, Validation
+from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore
+from finetune.training.module import FinetuneModule
+from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan
+from finetune.training.strategy import Placement, build_trainer, resolve_placement
+
+Hook = Callable[[FinetuneModule], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with everything that follows from it before a model is loaded."""
+
+    recipe: Recipe
+    source: ModelSource
+    tokenizer: Any
+    template: ChatTemplate
+    data: PreparedData
+    plan: StepPlan
+    packing: Packing
+    placement: Placement
+    attention: str
+
+    def steps_of(self, dataset: TokenDataset, *, rank: int, world_size: int) -> StepDataset:
+        """This rank's view of a data set, packed as the recipe says."""
+        packing = self.packing if dataset is self.data.train else _without_prefixes(self.packing, len(dataset))
+        return StepDataset(
+            dataset, self.plan, packing, rank=rank, world_size=world_size, pad_id=self.tokenizer.pad_token_id
+        )
+
+
+def prepare_job(recipe: Recipe) -> Job:
+    """Tokenizer, template, data, plan and placement; no weights are loaded.
+
+    Raises:
+        BadInputError: whatever is wrong with the model's name, the data or the devices.
+    """
+    placement = resolve_placement(recipe.distributed)
+    source = find_model(recipe.model)
+    config = load_config(recipe.model, source)
+    attention = choose_attention(config, recipe.model, recipe.data)
+    tokenizer = load_tokenizer(recipe.model, source)
+    token_indices(recipe.adapter, tokenizer)
+    template = load_template(tokenizer, recipe.data)
+    data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
+    plan = build_plan(len(data.train), recipe.training)
+    packing = _choose_packing(recipe, data.train, can_isolate=why_not_packed(config, attention) is None)
+    return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
+
+
+def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook, after: Hook) -> RunState:
+    """Train from `checkpoint`, or from the start; leaves checkpoints and the final adapter in `run`.
+
+    `before` is called ahead of the first step of a fresh run, `after` when the last step is done.
+
+    Raises:
+        PreemptedError: if a signal ended the run early; everything is saved.
+        FinetuneError: for a loss that is not finite, or a disk that is full.
+    """
+    recipe, placement = job.recipe, job.placement
+    state = RunState()
+    module = FinetuneModule(recipe, job.source, job.tokenizer, placement, job.attention, job.plan.num_steps)
+    flow = _Flow(job, run, checkpoint, state, before, after)
+    guard = NonFiniteStop(job.data.train)
+    recipe_text = dump_recipe(recipe)
+    writer = CheckpointWriter(recipe, recipe_text, run, state, job_fingerprints(job), guard)
+    meter = Meter(recipe, run, state, job.plan, job.data.train.lengths)
+    callbacks: list[L.Callback] = [flow, guard, Preemption(state), meter, writer]
+    if job.data.validation is not None and recipe.evaluation.every_steps is not None:
+        held_out = job.steps_of(job.data.validation, rank=flow.rank, world_size=placement.world_size)
+        callbacks.insert(3, Validation(recipe, run, state, held_out, job.template.stop_token_ids))
+    trainer = build_trainer(placement, recipe.training, callbacks)
+    steps = job.steps_of(job.data.train, rank=trainer.global_rank, world_size=placement.world_size)
+    steps.first_step = checkpoint.step if checkpoint else 0
+    trainer.fit(module, _build_loader(steps, recipe, placement))
+    if state.stop_reason not in (None, "early_stopping"):
+        assert writer.last is not None or not trainer.is_global_zero
+        raise PreemptedError(
+            f"stopped by {state.stop_reason} at step {module.step} of {job.plan.num_steps}; "
+            f"saved in {run.checkpoints}; run the same command again to continue"
+        )
+    return state
+
+
+class _Flow(L.Callback):
+    """Resume at the start, hooks before and after, the final adapter."""
+
+    def __init__(
+        self, job: Job, run: RunDir, checkpoint: Checkpoint | None, state: RunState, before: Hook, after: Hook
+    ) -> None:
+        from finetune.distributed import global_rank
+
+        self._job, self._run, self._checkpoint, self._state = job, run, checkpoint, state
+        self._before, self._after = before, after
+        self.rank = global_rank()
+
+    def on_train_start(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
+        if self._checkpoint is None:
+            self._before(module)
+            return
+        optimizer = module.optimizers(use_pl_optimizer=False)
+        saved = restore(self._checkpoint, module.model, optimizer)  # type: ignore[arg-type]
+        trainer.precision_plugin.load_state_dict(saved["scaler"])
+        self._state.load(saved["progress"])
+        module.step = self._checkpoint.step
+        module.num_skipped_steps = self._state.num_skipped_steps
+        # Callbacks of others read Lightning's own counter.
+        progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.total.completed = progress.total.ready = module.step
+
+    def on_train_end(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
+        if self._state.stop_reason not in (None, "early_stopping"):
+            return
+        if trainer.is_global_zero:
+            save_final_adapter(self._job, self._run, module)
+        self._after(module)
+
+
+def save_final_adapter(job: Job, run: RunDir, module: FinetuneModule) -> None:
+    """Write `adapter/`: PEFT's files, the tokenizer with the template it was trained with, recipe and fingerprints."""
+    with new_directory(run.adapter.with_name(".adapter-new")) as folder:
+        save_adapter(module.model, folder)
+        job.tokenizer.save_pretrained(folder)
+        (folder / RECIPE).write_text(dump_recipe(job.recipe))
+        (folder / FINGERPRINTS).write_text(json.dumps(job_fingerprints(job), indent=2) + "\n")
+    replace_directory(run.adapter.with_name(".adapter-new"), run.adapter)
+
+
+def job_fingerprints(job: Job) -> dict[str, Any]:
+    """What the run was made from: base model and data, by hash."""
+    validation = job.data.validation
+    return {
+        "base": fingerprint(job.source),
+        "data": {
+            "train": job.data.train.fingerprint,
+            "validation": None if validation is None else validation.fingerprint,
+        },
+    }
+
+
+def _build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> DataLoader[Any]:
+    workers = recipe.training.num_workers
+    return DataLoader(
+        steps,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=placement.accelerator == "cuda",
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+
+
+def _choose_packing(recipe: Recipe, train: TokenDataset, *, can_isolate: bool) -> Packing:
+    data, training = recipe.data, recipe.training
+    mode = data.packing
+    if mode == "auto":
+        mode = "shared_prefix" if can_isolate else "none"
+    prefixes = find_prefixes(train) if mode == "shared_prefix" else no_prefixes(len(train))
+    if data.packing == "auto" and mode == "shared_prefix":
+        shared = sum(prefixes.of(sample) for sample in range(len(train)))
+        mode = "shared_prefix" if shared >= 0.05 * int(train.lengths.sum()) else "isolated"
+        if mode == "isolated":
+            prefixes = no_prefixes(len(train))
+        say(f"packing: {mode} ({shared / max(1, int(train.lengths.sum())):.0%} of the tokens open alike)")
+    max_tokens = data.max_tokens or training.micro_batch_size * data.max_seq_len
+    return Packing(mode != "none", training.micro_batch_size, max_tokens, prefixes)
+
+
+def _without_prefixes(packing: Packing, num_samples: int) -> Packing:
+    return Packing(packing.packed, packing.micro_batch_size, packing.max_tokens, no_prefixes(num_samples))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what is not derived step by step."""
+    torch.manual_seed(seed)
+
+
+def resolve_run(recipe: Recipe) -> RunDir:
+    """The recipe's run directory, made absolute: processes may be started elsewhere."""
+    return RunDir(Path(recipe.run_path).resolve())

@@ -1,0 +1,85 @@
+"""Validation while training: loss over the held-out samples, and completions of some of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from finetune.data.dataset import TokenDataset
+from finetune.inference.generate import Sampling, generate, inference_mode
+from finetune.recipe.schema import EvaluationSection
+from finetune.run_dir import RunDir
+from finetune.training.module import FinetuneModule
+from finetune.training.steps import StepDataset, evaluation_steps
+
+# Samples that are planned together: enough to fill packed rows well, few enough to bound memory.
+SAMPLES_PER_STEP = 64
+
+
+@torch.no_grad()
+def mean_loss(module: FinetuneModule, samples: StepDataset) -> float:
+    """Mean cross-entropy (nats) over the supervised tokens of all samples, the same on every rank.
+
+    Dropout is off meanwhile; the model is left as it was. Memory does not grow with the number of batches.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
+    precision = module.trainer.precision_plugin
+    with inference_mode(module.model), precision.forward_context():
+        for step in evaluation_steps(samples, SAMPLES_PER_STEP):
+            for micro in step.micro_batches:
+                total += module.loss_of(micro.to(module.device)).double().cpu()
+            count += step.num_supervised
+    if module.placement.world_size > 1:
+        shared = total.to(module.device, torch.float32) if module.device.type == "cuda" else total
+        dist.all_reduce(shared)
+        total = shared.double().cpu()
+    return total.item() / max(1, count)
+
+
+def write_samples(
+    module: FinetuneModule,
+    dataset: TokenDataset,
+    stop_token_ids: tuple[int, ...],
+    section: EvaluationSection,
+    run: RunDir,
+) -> list[dict[str, Any]]:
+    """Complete the first held-out samples and append them to samples.jsonl (rank 0 writes)."""
+    prompts, expected = [], []
+    for index in range(min(section.num_samples, len(dataset))):
+        prompt, answer = _last_turn(*dataset[index])
+        prompts.append(prompt)
+        expected.append(module.tokenizer.decode(answer, skip_special_tokens=True))
+    if not prompts:
+        return []
+    sampling = Sampling(max_new_tokens=section.max_new_tokens)
+    completions = generate(
+        module.model, module.tokenizer, prompts, stop_token_ids, sampling, batch_size=section.batch_size
+    )
+    rows = [
+        {
+            "step": module.step,
+            "prompt": module.tokenizer.decode(prompt),
+            "expected": answer,
+            "completion": completion.text,
+            "stopped": completion.stopped,
+        }
+        for prompt, answer, completion in zip(prompts, expected, completions, strict=True)
+    ]
+    if module.global_rank == 0:
+        with run.samples.open("a") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return rows
+
+
+def _last_turn(input_ids: np.ndarray, supervised: np.ndarray) -> tuple[list[int], list[int]]:
+    """A sample's ids before its last supervised stretch, and that stretch."""
+    last = int(np.flatnonzero(supervised)[-1])
+    start = last
+    while start > 0 and supervised[start - 1]:
+        start -= 1
+    return input_ids[: max(start, 1)].tolist(), input_ids[start : last + 1].tolist()

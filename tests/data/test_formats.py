@@ -1,0 +1,130 @@
+"""Formats: what each row shape becomes, how it is recognized, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune.data.formats import FORMATS, RowError, parse_row, recognize_format
+from finetune.errors import DataError
+
+PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("alpaca", {"instruction": "q", "output": "a"}, PAIR),
+        (
+            "alpaca",
+            {"instruction": "q", "input": "i", "output": "a"},
+            [{"role": "user", "content": "q\n\ni", "instruction": "q", "input": "i"}, PAIR[1]],
+        ),
+        ("messages", {"messages": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR]),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            [SYSTEM, *PAIR],
+        ),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}, PAIR),
+        ("prompt_completion", {"prompt": "q", "completion": "a", "system": "s"}, [SYSTEM, *PAIR]),
+        ("text", {"text": "t"}, [{"role": "text", "content": "t"}]),
+    ],
+)
+def test_each_format_becomes_messages(name: str, row: dict[str, Any], expected: list[dict[str, Any]]) -> None:
+    assert parse_row(row, FORMATS[name], {}) == expected
+    assert recognize_format("auto", {}, row, "data.sources[0]") == name
+
+
+def test_columns_are_mapped() -> None:
+    columns = {"instruction": "question", "output": "answer"}
+    assert recognize_format("auto", columns, ["question", "answer"], "here") == "alpaca"
+    assert parse_row({"question": "q", "answer": "a"}, FORMATS["alpaca"], columns) == PAIR
+
+
+@pytest.mark.parametrize(
+    ("wanted", "columns", "found", "message"),
+    [
+        ("auto", {"instruction": "question"}, ["answer", "id"], "'question' is no column.*found: answer, id"),
+        ("auto", {}, ["a", "b"], "no known format.*found: a, b.*alpaca"),
+        ("alpaca", {}, ["instruction", "response"], "missing: output.*found: instruction, response"),
+        ("alpaca", {"question": "a"}, ["a"], "alpaca has no field 'question'"),
+        ("auto", {"prompt": "x"}, ["x", "chosen"], "no known format"),
+    ],
+)
+def test_columns_that_do_not_fit_are_named(
+    wanted: str, columns: dict[str, str], found: list[str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        recognize_format(wanted, columns, found, "data.sources[0]")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, "null"),
+        (7, r"an integer \(7\)"),
+        (1.5, r"a number \(1.5\)"),
+        (True, "a boolean"),
+        (["a", "b"], "a list of 2"),
+        ({"a": 1}, "an object"),
+        ("", "an empty string"),
+        ("  \n", "an empty string"),
+        ("\ud800", "not valid Unicode"),
+    ],
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_fm29_what_is_not_text_is_refused_in_every_format(name: str, value: Any, found: str) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "alpaca": {"instruction": "q", "output": value},
+        "messages": {"messages": [PAIR[0], {"role": "assistant", "content": value}]},
+        "sharegpt": {"conversations": [{"from": "human", "value": value}]},
+        "prompt_completion": {"prompt": value, "completion": "a"},
+        "text": {"text": value},
+    }
+    with pytest.raises(RowError, match=found):
+        parse_row(rows[name], FORMATS[name], {})
+
+
+@pytest.mark.parametrize("value", [3, ["a"]])
+def test_fm29_an_optional_column_must_be_text_too(value: Any) -> None:
+    with pytest.raises(RowError, match="column 'input' holds"):
+        parse_row({"instruction": "q", "output": "a", "input": value}, FORMATS["alpaca"], {})
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"messages": None}, "null"),
+        ({"messages": []}, "an empty list"),
+        ({"messages": "hi"}, "text"),
+        ({"messages": ["hi"]}, "turn 1"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "turn 1: role is text"),
+    ],
+)
+def test_fm29_turns_must_be_turns(row: dict[str, Any], found: str) -> None:
+    with pytest.raises(RowError, match=found):
+        parse_row(row, FORMATS["messages"], {})
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [(b'{"text": "a', "not valid JSON"), (b"\xff", "not UTF-8"), (b"[1]", "a list of 1"), (b"null", "null")],
+)
+def test_fm29_broken_lines(line: bytes, found: str) -> None:
+    with pytest.raises(RowError, match=found):
+        parse_row(line, FORMATS["text"], {})
+
+
+def test_tool_calls_pass_through() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turns = parse_row({"messages": [PAIR[0], call]}, FORMATS["messages"], {})
+    assert turns[1] == {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}

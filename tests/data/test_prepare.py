@@ -1,0 +1,338 @@
+"""From the recipe to data sets: thresholds, splits, weights, the ledger, the key."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from finetune.data import cache, workers
+from finetune.data.prepare import key_parts, prepare_data, prepare_rows, prepare_validation_rows
+from finetune.data.sources import open_source
+from finetune.data.template import encode_prompt, load_template
+from finetune.errors import DataError, FinetuneError
+from finetune.recipe.schema import DataSection
+from finetune.run_dir import RunDir
+from tests.data.conftest import chat, prepare
+
+Tokenizers = Callable[[str], Any]
+Sections = Callable[..., Any]
+
+
+def many(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"What is {number}?", "completion": f"It is {number}."} for number in range(count)]
+
+
+def origins(dataset: Any) -> list[int]:
+    return [int(dataset.origin(index).rsplit(":", 1)[1]) for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"prompt": None, "completion": "a"}, "column 'prompt' holds null"),
+        ({"prompt": "q", "completion": 72}, r"column 'completion' holds an integer \(72\)"),
+        ({"prompt": ["q"], "completion": "a"}, "column 'prompt' holds a list of 1"),
+        ({"prompt": "q", "completion": ""}, "column 'completion' holds an empty string"),
+        ('{"prompt": "q", "comp', "not valid JSON"),
+        (["q", "a"], "the row is a list of 2"),
+    ],
+)
+def test_fm29_file_and_row_are_named(bad: Any, reason: str, tokenizer_of: Tokenizers, section: Sections) -> None:
+    rows = [*many(2), bad, *many(1)]
+    with pytest.raises(DataError, match=rf"1 of 4 rows(?s:.)*rows\.jsonl:3: {reason}(?s:.)*max_rejected_share"):
+        prepare(tokenizer_of("llama3"), section(rows))
+
+
+def test_fm29_rejected_rows_are_left_out_and_listed(
+    tokenizer_of: Tokenizers, section: Sections, tmp_path: Path
+) -> None:
+    data = section([*many(3), {"prompt": 1, "completion": "a"}], max_rejected_share=0.3)
+    prepared, _ = prepare(tokenizer_of("llama3"), data)
+    assert len(prepared.train) == 3
+    run_dir = RunDir(tmp_path / "run")
+    prepared.ledger.write(run_dir)
+    ledger = json.loads(run_dir.ledger.read_text())
+    assert ledger["sources"][0]["rows_read"] == 4 and ledger["sources"][0]["dropped"] == {"malformed": 1}
+    assert ledger["rejected"] == 1
+    (line,) = run_dir.rejected.read_text().splitlines()
+    assert json.loads(line)["origin"].endswith("rows.jsonl:4")
+    assert any("dropped: malformed 1" in line for line in prepared.ledger.summary_lines())
+
+
+def test_fm29_a_row_that_the_template_refuses(tokenizer_of: Tokenizers, section: Sections) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, *chat("b", "c")["messages"]]}
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses .* must alternate"):
+        prepare(tokenizer_of("gemma"), section([chat("a", "b"), row]))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_data_set(content: str, tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"data.sources\[0\].path: .*rows.jsonl holds no rows"):
+        prepare(tokenizer_of("llama3"), section())
+
+
+def test_no_answers_at_all(tokenizer_of: Tokenizers, section: Sections) -> None:
+    with pytest.raises(DataError, match="nothing to learn"):
+        prepare(tokenizer_of("llama3"), section([{"messages": [{"role": "user", "content": "x"}]}]))
+
+
+def test_max_rows_weights_and_several_sources(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    section(many(10), name="a.jsonl")
+    section([{"text": f"text {number}"} for number in range(6)], name="b.jsonl")
+    data = DataSection.model_validate(
+        {
+            "sources": [
+                {"path": str(tmp_path / "a.jsonl"), "weight": 2.5, "max_rows": 8},
+                {"path": str(tmp_path / "b.jsonl"), "weight": 0.5},
+            ]
+        }
+    )
+    tokenizer = tokenizer_of("llama3")
+    prepared, template = prepare(tokenizer, data)
+    counts: dict[str, int] = {}
+    for index in range(len(prepared.train)):
+        origin = Path(prepared.train.origin(index)).name
+        counts[origin] = counts.get(origin, 0) + 1
+    first = [count for origin, count in counts.items() if origin.startswith("a")]
+    assert sorted(first) == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert sum(origin.startswith("b") for origin in counts) == 3
+    again = prepare_data(data, tokenizer, template, seed=0)
+    other = prepare_data(data, tokenizer, template, seed=1)
+    assert again.train.fingerprint == prepared.train.fingerprint != other.train.fingerprint
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0.2, 4), (5.0, 5), (0.001, 1)])
+def test_validation_rows_are_split_off(size: float, expected: int, tokenizer_of: Tokenizers, section: Sections) -> None:
+    data = section(many(20), validation={"size": size})
+    prepared, _ = prepare(tokenizer_of("llama3"), data)
+    assert prepared.validation is not None
+    held, kept = origins(prepared.validation), origins(prepared.train)
+    assert len(held) == expected and sorted(held + kept) == list(range(1, 21))
+    other, _ = prepare(tokenizer_of("llama3"), data, seed=1)
+    assert expected == 1 or origins(other.validation) != held
+
+
+def test_equal_rows_stay_on_one_side(tokenizer_of: Tokenizers, section: Sections) -> None:
+    rows = [*many(5), *many(5), *many(5)]
+    prepared, _ = prepare(tokenizer_of("llama3"), section(rows, validation={"size": 7.0}))
+    held = {(number - 1) % 5 for number in origins(prepared.validation)}
+    kept = {(number - 1) % 5 for number in origins(prepared.train)}
+    assert held and kept and not held & kept
+    assert prepared.ledger.duplicate_rows == 10
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(20.0, "none is left to train on"), (2.5, "neither a share below 1 nor a whole")]
+)
+def test_a_validation_size_that_cannot_be(
+    size: float, message: str, tokenizer_of: Tokenizers, section: Sections
+) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare(tokenizer_of("llama3"), section(many(20), validation={"size": size}))
+
+
+def test_a_validation_source_of_its_own(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    section(many(3), name="held.jsonl")
+    data = section(many(10)[2:], validation={"source": {"path": str(tmp_path / "held.jsonl")}})
+    prepared, _ = prepare(tokenizer_of("llama3"), data)
+    assert prepared.validation is not None and len(prepared.validation) == 3 and len(prepared.train) == 8
+    assert prepared.ledger.validation_rows_in_train == 1
+
+
+def test_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections) -> None:
+    tokenizer = tokenizer_of("llama3")
+    data = section([chat("a", "b", "c", "d"), chat("e", "f")], system="Be kind.")
+    template = load_template(tokenizer, data)
+    rows = prepare_rows(data.sources[0], data, tokenizer, template)
+    assert [row.expected for row in rows] == ["d", "f"]
+    assert rows[1].messages == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "e"}]
+    assert len(prepare_rows(data.sources[0], data, tokenizer, template, max_rows=1)) == 1
+    prepared = prepare_data(data, tokenizer, template, seed=0)
+    ids, mask = prepared.train[1]
+    assert ids[: int(np.argmax(mask))].tolist() == encode_prompt(tokenizer, template, rows[1].messages)
+
+
+def test_validation_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections) -> None:
+    tokenizer = tokenizer_of("llama3")
+    data = section(many(20), validation={"size": 4.0})
+    prepared, template = prepare(tokenizer, data)
+    rows = prepare_validation_rows(data, tokenizer, template, seed=0)
+    assert [row.origin for row in rows] == [prepared.validation.origin(i) for i in range(4)]
+
+
+CHANGES: dict[str, Any] = {
+    "system": {"system": "Be kind."},
+    "train_on": {"train_on": "last_assistant"},
+    "max_seq_len": {"max_seq_len": 512},
+    "over_length": {"over_length": "truncate"},
+    "format": {"source": {"format": "prompt_completion"}},
+    "max_rows": {"source": {"max_rows": 2}},
+    "columns": {"source": {"columns": {"prompt": "completion"}}},
+    "template": {"template": "chatml"},
+}
+
+
+def key_of(tokenizer: Any, data: DataSection) -> str:
+    template = load_template(tokenizer, data)
+    source = open_source(data.sources[0], "here")
+    return cache.cache_key(key_parts(source, data.sources[0], data, tokenizer, template))
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_fm15_each_key_that_shapes_samples_changes_the_key(
+    change: str, tokenizer_of: Tokenizers, section: Sections
+) -> None:
+    rows = many(3)
+    assert key_of(tokenizer_of("llama3"), section(rows)) != key_of(
+        tokenizer_of("llama3"), section(rows, **CHANGES[change])
+    )
+
+
+@pytest.mark.parametrize("keys", [{"num_workers": 1}, {"packing": "none"}, {"max_rejected_share": 0.5}])
+def test_what_shapes_no_sample_keeps_the_key(keys: dict[str, Any], tokenizer_of: Tokenizers, section: Sections) -> None:
+    rows = many(3)
+    assert key_of(tokenizer_of("llama3"), section(rows)) == key_of(tokenizer_of("llama3"), section(rows, **keys))
+
+
+def test_fm15_data_bytes_tokenizer_code_and_libraries_change_the_key(
+    tokenizer_of: Tokenizers, section: Sections, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = [key_of(tokenizer_of("llama3"), section(many(3)))]
+    assert key_of(tokenizer_of("llama3"), section(many(3))) == keys[0]
+    keys.append(key_of(tokenizer_of("llama3"), section(many(4))))
+    section(many(3))
+    more_tokens = tokenizer_of("llama3")
+    more_tokens.add_tokens(["Paris"])
+    keys.append(key_of(more_tokens, section()))
+    other_eos = tokenizer_of("llama3")
+    other_eos.eos_token = "<|eot_id|>"
+    keys.append(key_of(other_eos, section()))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "version", lambda name: "0.0")
+        keys.append(key_of(tokenizer_of("llama3"), section()))
+    with monkeypatch.context() as patch:
+        copy = tmp_path / "code"
+        shutil.copytree(Path(cache.__file__).parent, copy)
+        with (copy / "masking.py").open("a") as stream:
+            stream.write("\n")
+        patch.setattr(cache, "__file__", str(copy / "cache.py"))
+        keys.append(key_of(tokenizer_of("llama3"), section()))
+    assert len(set(keys)) == len(keys)
+
+
+def test_fm15_a_truncation_left_in_the_tokenizer_changes_nothing(tokenizer_of: Tokenizers, section: Sections) -> None:
+    tokenizer = tokenizer_of("llama3")
+    before = key_of(tokenizer, section(many(3)))
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert key_of(tokenizer, section()) == before
+    prepared, _ = prepare(tokenizer, section())
+    assert prepared.train.lengths.min() > 2
+
+
+def test_fm15_changed_bytes_give_changed_samples(tokenizer_of: Tokenizers, section: Sections) -> None:
+    first, _ = prepare(tokenizer_of("llama3"), section(many(3)))
+    second, _ = prepare(tokenizer_of("llama3"), section(many(2)))
+    assert (len(first.train), len(second.train)) == (3, 2)
+    assert first.train.fingerprint != second.train.fingerprint
+
+
+def test_the_second_time_comes_from_the_cache(
+    tokenizer_of: Tokenizers, section: Sections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_of("llama3")
+    data = section([*many(7), {"prompt": 3}], max_rejected_share=0.5)
+    first, template = prepare(tokenizer, data)
+    monkeypatch.setattr("finetune.data.prepare.encode_stream", None)
+    second = prepare_data(data, tokenizer, template, seed=0)
+    assert [each.ledger.sources[0].cache for each in (first, second)] == ["made", "found"]
+    assert second.ledger.rejected == first.ledger.rejected
+    with pytest.raises(DataError, match="max_rejected_share"):
+        prepare_data(data.model_copy(update={"max_rejected_share": 0.0}), tokenizer, template, seed=0)
+
+
+def test_processes_and_threads_give_the_same_samples(
+    tokenizer_of: Tokenizers, section: Sections, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(workers, "_MANY_ROWS", 20)
+    monkeypatch.setattr(workers, "_ROWS_PER_CHUNK", 7)
+    found = []
+    for count in (1, 2):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / f"cache{count}"))
+        prepared, _ = prepare(tokenizer_of("llama3"), section(many(60), num_workers=count))
+        found.append((prepared.train.fingerprint, origins(prepared.train)))
+    assert found[0] == found[1]
+
+
+def test_fm29_a_dead_worker_is_an_error_and_no_hang(
+    tokenizer_of: Tokenizers, section: Sections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_MANY_ROWS", 20)
+    monkeypatch.setattr(workers, "_start_worker", lambda encoder: os._exit(9))
+    with pytest.raises(FinetuneError, match=r"data.num_workers: 1"):
+        prepare(tokenizer_of("llama3"), section(many(61), num_workers=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("gsm8k_test.instruction.jsonl", "auto"),
+        ("gpteacher_codegen.alpaca.jsonl", "alpaca"),
+        ("taskmaster4_coffee_multiturn.jsonl", "auto"),
+        ("fastchat_dummy_sharegpt.jsonl", "chatml"),
+    ],
+)
+def test_fm12_real_rows_with_a_real_tokenizer(
+    name: str, template: str, shared_data: Path, smollm2_folder: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    data = DataSection.model_validate(
+        {"sources": [{"path": str(shared_data / name), "max_rows": 1000}], "template": template}
+    )
+    prepared, loaded = prepare(tokenizer, data)
+    rows = {row.origin: row for row in prepare_rows(data.sources[0], data, tokenizer, loaded)}
+    assert prepared.ledger.sources[0].rows_kept == len(rows)
+    for index in range(len(prepared.train)):
+        row = rows[prepared.train.origin(index)]
+        ids, mask = prepared.train[index]
+        prompt = encode_prompt(tokenizer, loaded, row.messages)
+        assert ids[: len(prompt)].tolist() == prompt and mask[len(prompt) :].all()
+        assert tokenizer.decode(ids[len(prompt) :]) == row.expected + "<|im_end|>"
+
+
+@pytest.mark.slow
+def test_fm29_fifty_thousand_rows(
+    shared_data: Path,
+    smollm2_folder: Path,
+    section: Sections,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    lines = (shared_data / "gpteacher_codegen.alpaca.jsonl").read_text().splitlines()
+    source = [json.loads(line) for line in lines]
+    rows = [
+        {**source[i % len(source)], "instruction": f"{source[i % len(source)]['instruction']} (variant {i})"}
+        for i in range(52_002)
+    ]
+    data = section(rows, template="alpaca")
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    started = time.perf_counter()
+    prepared, template = prepare(tokenizer, data)
+    made = time.perf_counter() - started
+    started = time.perf_counter()
+    prepare_data(data, tokenizer, template, seed=0)
+    opened = time.perf_counter() - started
+    print(f"52,002 rows: {made:.1f} s to tokenize, {opened:.2f} s to open")
+    assert len(prepared.train) == 52_002
+    assert opened < 1.0 < made  # how long tokenizing takes is measured, not asserted: machines are shared

@@ -1,0 +1,151 @@
+"""Sources: kinds of files, folders and globs, row numbers, and what is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from finetune.data.formats import load_line
+from finetune.data.sources import columns_of, open_source
+from finetune.errors import DataError
+from finetune.recipe.schema import SourceSection
+
+ROWS = [{"prompt": "a", "completion": "1"}, {"prompt": "b\nc", "completion": "2"}]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def read(path: Any) -> tuple[list[Any], list[str]]:
+    source = open_source(SourceSection(path=str(path)), "data.sources[0]")
+    rows = list(source.rows())
+    values = [load_line(row.payload) if isinstance(row.payload, bytes) else row.payload for row in rows]
+    return values, [source.origin(row.file, row.number) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("r.jsonl", (1, 3)), ("r.json", (1, 2)), ("r.csv", (2, 3)), ("r.parquet", (1, 2))],
+)
+def test_kinds_of_files(name: str, numbers: tuple[int, int], tmp_path: Path) -> None:
+    path = write(tmp_path / name, ROWS)
+    values, origins = read(path)
+    assert values == ROWS
+    assert origins == [f"{path}:{number}" for number in numbers]
+
+
+def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert read(tmp_path / "a.txt")[0] == [{"text": "one\ntwo\n"}]
+
+
+def test_json_lines_may_be_called_json_and_open_with_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b"\n".join(json.dumps(row).encode() for row in ROWS))
+    assert read(tmp_path / "a.json")[0] == ROWS
+
+
+def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "b.jsonl", ROWS[1:])
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    (tmp_path / "LICENSE").write_text("x")
+    assert read(tmp_path)[0] == ROWS
+    assert read(f"{tmp_path}/**/*.jsonl")[0] == ROWS
+
+
+def test_the_digest_covers_bytes_and_not_names(tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return open_source(SourceSection(path=str(path)), "here").digest
+
+    first = write(tmp_path / "a.jsonl", ROWS)
+    copy = write(tmp_path / "b.jsonl", ROWS)
+    assert digest(first) == digest(copy)
+    stat = copy.stat()
+    copy.write_bytes(copy.read_bytes().replace(b'"1"', b'"3"'))
+    os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert copy.stat().st_size == stat.st_size
+    assert digest(first) != digest(copy)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{}/none.jsonl", r"data.sources\[0\].path: there is no file .*none.jsonl"),
+        ("{}/*.jsonl", "no file matches"),
+        ("{}", "holds no file of a known kind"),
+        ("{}/a.xlsx", r"unknown kind \(.xlsx\)"),
+    ],
+)
+def test_what_is_missing_is_named(path: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(DataError, match=message):
+        read(path.format(tmp_path))
+
+
+def test_a_folder_of_several_kinds(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(DataError, match="several kinds"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"a": 1},', "not a valid JSON array"),
+        ("a.csv", b"a,b\n\xff,1\n", "not UTF-8"),
+        ("a.csv", b'a,b\n"x,1\n', "not valid CSV"),
+        ("a.parquet", b"PAR1 no", "not a readable parquet"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_fm29_broken_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_an_unreachable_hub_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"'org/name' is no file.*as a hub data set.*no route to the hub.*download"):
+        read("org/name")
+
+
+def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    values, origins = read("org/name")
+    assert values == ROWS and origins == ["org/name:1", "org/name:2"]
+
+
+def test_columns_are_the_union(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\nbroken\n{"b": 2}\n')
+    source = open_source(SourceSection(path=str(path)), "here")
+    assert columns_of(list(source.rows())) == ["a", "b"]
