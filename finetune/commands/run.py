@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import time
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from finetune.console import console, say, stdout
 from finetune.distributed import is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError
 from finetune.files import sole_owner, write_atomic
+from finetune.machine import describe_machine, keep_freed_memory, peak_memory_bytes
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.shipped import find_recipe
 from finetune.run_dir import RunDir
@@ -20,6 +22,7 @@ from finetune.run_dir import RunDir
 if TYPE_CHECKING:
     from finetune.evaluation.task import TaskResult
     from finetune.recipe.schema import Recipe
+    from finetune.training.callbacks import RunState
     from finetune.training.module import FinetuneModule
     from finetune.training.train import Job
 
@@ -37,7 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
     # Until training starts there is nothing to save: end like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    from finetune.machine import keep_freed_memory
     from finetune.models.load import quiet_libraries
     from finetune.training.train import resolve_run
 
@@ -90,7 +92,9 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir) -> int:
     if checkpoint is not None and checkpoint.step >= job.plan.num_steps and run_dir.adapter.is_dir():
         say("this run is finished; --fresh starts it anew")
     else:
-        train(job, run_dir, checkpoint, before=measure.before, after=measure.after)
+        state = train(job, run_dir, checkpoint, before=measure.before, after=measure.after)
+        if is_rank_zero():
+            _record_training(run_dir, job, state)
     if is_rank_zero():
         _summarize(run_dir)
     return EXIT_OK
@@ -136,8 +140,6 @@ class _Measure:
             result = evaluate_task(module.model, self._job.tokenizer, self._job.template, self._rows, section)
             metrics.update(result.metrics)
         if self._tokens is not None and "perplexity" in section.metrics:
-            import math
-
             placement = self._job.placement
             steps = self._job.steps_of(self._tokens, rank=module.global_rank, world_size=placement.world_size)
             metrics["perplexity"] = math.exp(min(mean_loss(module, steps), 80.0))
@@ -146,11 +148,48 @@ class _Measure:
 
 
 def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskResult | None) -> None:
-    results: dict[str, Any] = json.loads(run_dir.results.read_text()) if run_dir.results.is_file() else {}
+    results = _read_results(run_dir)
     results[when] = {"metrics": metrics, "samples": [vars(sample) for sample in result.samples] if result else []}
     write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
+def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
+    results = _read_results(run_dir)
+    results["training"] = {
+        "steps": job.plan.num_steps,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 1),
+        "tokens_per_second": round(state.tokens / max(1e-9, state.seconds), 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "machine": describe_machine(),
+    }
+    write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_results(run_dir: RunDir) -> dict[str, Any]:
+    if not run_dir.results.is_file():
+        return {}
+    results: dict[str, Any] = json.loads(run_dir.results.read_text())
+    return results
+
+
 def _summarize(run_dir: RunDir) -> None:
-    stdout.print(f"adapter: {run_dir.adapter}", markup=False)
-    console.print(f"try it: finetune generate {run_dir.root} --prompt '…'", markup=False)
+    from finetune.evaluation.tables import comparison_table, samples_table
+    from finetune.evaluation.task import Sample
+
+    results = _read_results(run_dir)
+    before, after = results.get("before"), results.get("after")
+    if after is not None:
+        old = [Sample(**sample) for sample in before["samples"]] if before else None
+        new = [Sample(**sample) for sample in after["samples"]]
+        if new:
+            stdout.print(samples_table(old, new))
+        if after["metrics"]:
+            stdout.print(comparison_table(before["metrics"] if before else None, after["metrics"]))
+    if (training := results.get("training")) is not None:
+        stdout.print(
+            f"{training['steps']} steps, {training['tokens']:,} tokens in {training['seconds']:.0f} s: "
+            f"{training['tokens_per_second']:,.0f} tokens/s, peak memory {training['peak_memory_bytes'] / 1e9:.2f} GB"
+        )
+    stdout.print(f"adapter   {run_dir.adapter}", markup=False)
+    stdout.print(f"try it    finetune generate {run_dir.root} --prompt 'your text'", markup=False)

@@ -26,8 +26,8 @@ def dense_weights(model: torch.nn.Module, max_bytes: int | None = None) -> Itera
 
     The weights are those of the quantized model plus its adapter, rounded to the dtype of the base. Nothing
     changes (0 bytes) on another device than the CPU, for a sharded model, or if the copies would take more
-    than `max_bytes` (default: a quarter of the free memory). A layer that is no plain LoRA (DoRA, a merged
-    adapter) stays as it is.
+    than `max_bytes` (default: a quarter of the free memory). Of a layer that is no plain LoRA (DoRA, a
+    merged adapter) only the 4-bit base is expanded.
     """
     places = _places(model)
     limit = int(psutil.virtual_memory().available * MAX_SHARE) if max_bytes is None else max_bytes

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from finetune.inference.cache import growing_cache
 from finetune.inference.dense import dense_weights
 from finetune.inference.mode import base_of, decoding, inference_mode
 
@@ -101,7 +102,14 @@ def _generate_batch(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     # Not PeftModel.generate: it leaves attributes behind, and an adapter in the layers does not need it.
-    out = base_of(model).generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    causal_lm = base_of(model)
+    cache = growing_cache(causal_lm) if device.type == "cpu" else None
+    out = causal_lm.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        **({} if cache is None else {"past_key_values": cache}),
+    )
     rows: list[list[int]] = out[:, width:].tolist()
     return rows
 

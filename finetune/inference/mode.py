@@ -32,7 +32,8 @@ def inference_mode(model: torch.nn.Module) -> Iterator[None]:
     repacks their weights in place, after which they neither train nor shard; a product is no faster for it.
     """
     flags = [(module, module.training) for module in model.modules()]
-    checkpointing = [module for module, _ in flags if getattr(module, "gradient_checkpointing", False) is True]
+    # vars, not getattr: a wrapper answers with its inner model's attributes.
+    checkpointing = [module for module, _ in flags if vars(module).get("gradient_checkpointing") is True]
     try:
         for module, _ in flags:
             module.training = isinstance(module, Linear4bit)
@@ -95,7 +96,7 @@ def _decoding_attention(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _own_generation_config(model: torch.nn.Module) -> Iterator[None]:
     """transformers fills what a generation config leaves open from the model's own: here an empty one."""
-    owners = {id(owner): owner for owner in (model, base_of(model)) if hasattr(owner, "generation_config")}
+    owners = {id(owner): owner for owner in (model, base_of(model)) if "generation_config" in vars(owner)}
     found = [(owner, owner.generation_config) for owner in owners.values()]
     try:
         for owner, _ in found:

@@ -1,15 +1,17 @@
-"""A LoRA linear layer as one autograd function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ.
+"""LoRA linear layers as one autograd function: y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ for layers that share their input.
 
-PEFT's layer takes several graph nodes, casts x to fp32 and back, and makes the update a tensor of its own. Here it is
-four products forward and five backward in the compute dtype, and only x and x Aᵀ are kept. A frozen 4-bit weight
-is expanded when it is needed and dropped again. The adapter's parameters stay PEFT's own.
+PEFT's layer takes several graph nodes, casts x to fp32 and back, and makes the update a tensor of its own. Here
+q, k and v (or gate and up) are one node in the compute dtype: their A products are one, x is kept once, and its gradient
+is summed in place. A frozen 4-bit weight is expanded when it is needed and dropped again. The adapter's parameters stay
+PEFT's own.
 
 Shapes: T tokens, D inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,40 +22,70 @@ import torch.nn.functional as F
 Weight = Callable[[torch.dtype], torch.Tensor]
 
 
-def lora_linear(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, a_RD: torch.Tensor, b_OR: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """The layer's output [..., O] in the compute dtype: autocast's where it is on, else x's."""
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer and its LoRA update."""
+
+    weight: Weight
+    bias: torch.Tensor | None
+    a_RD: torch.Tensor
+    b_OR: torch.Tensor
+    scale: float
+
+
+def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
+    """Each layer's output [..., O] in the compute dtype: autocast's where it is on, else x's."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    out: torch.Tensor = _LoraLinear.apply(x.to(dtype), weight, bias, a_RD, b_OR, scale)
+    matrices = [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
+    out: tuple[torch.Tensor, ...] = _LoraLinears.apply(x.to(dtype), layers, *matrices)
     return out
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight: Weight, bias, a_RD, b_OR, scale: float):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, layers: Sequence[Projection], *matrices):  # type: ignore[no-untyped-def]
+        x_TD = x.reshape(-1, x.shape[-1])
+        outputs = []
         with torch.autocast(x.device.type, enabled=False):
-            x_TD = x.reshape(-1, x.shape[-1])
-            xa_TR = x_TD @ a_RD.to(x.dtype).t()
-            y_TO = F.linear(x_TD, weight(x.dtype), None if bias is None else bias.to(x.dtype))
-            y_TO.addmm_(xa_TR, b_OR.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, xa_TR, a_RD, b_OR)
-        ctx.weight, ctx.scale = weight, scale
-        return y_TO.view(*x.shape[:-1], -1)
+            xa_all = x_TD @ _stack_a(layers, x.dtype).t()
+            for layer, xa_TR in zip(layers, xa_all.split(_ranks(layers), dim=1), strict=True):
+                y_TO = F.linear(x_TD, layer.weight(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+                y_TO.addmm_(xa_TR, layer.b_OR.to(x.dtype).t(), alpha=layer.scale)
+                outputs.append(y_TO.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(x, xa_all)
+        ctx.layers = layers
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
-        x, xa_TR, a_RD, b_OR = ctx.saved_tensors
+    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
+        x, xa_all = ctx.saved_tensors
+        layers: Sequence[Projection] = ctx.layers
         x_TD = x.reshape(-1, x.shape[-1])
-        dy_TO = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+        db = []
+        dx_TD = None
+        dxa_all = torch.empty_like(xa_all)
         with torch.autocast(x.device.type, enabled=False):
-            dxa_TR = (dy_TO @ b_OR.to(x.dtype)).mul_(ctx.scale)
-            da = (dxa_TR.t() @ x_TD).to(a_RD.dtype)
-            db = (dy_TO.t() @ xa_TR).to(b_OR.dtype).mul_(ctx.scale)
-            dx = None
-            if ctx.needs_input_grad[0]:
-                dx_TD = dy_TO @ ctx.weight(x.dtype)
-                dx_TD.addmm_(dxa_TR, a_RD.to(x.dtype))
-                dx = dx_TD.view_as(x)
-        return dx, None, None, da, db, None
+            parts = zip(layers, grads, xa_all.split(_ranks(layers), 1), dxa_all.split(_ranks(layers), 1), strict=True)
+            for layer, dy, xa_TR, dxa_TR in parts:
+                dy_TO = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+                torch.mm(dy_TO, layer.b_OR.to(x.dtype), out=dxa_TR)
+                dxa_TR.mul_(layer.scale)
+                db.append((dy_TO.t() @ xa_TR).to(layer.b_OR.dtype).mul_(layer.scale))
+                if ctx.needs_input_grad[0]:
+                    weight = layer.weight(x.dtype)
+                    dx_TD = dy_TO @ weight if dx_TD is None else dx_TD.addmm_(dy_TO, weight)
+            da = (dxa_all.t() @ x_TD).to(layers[0].a_RD.dtype).split(_ranks(layers))
+            if dx_TD is not None:
+                dx_TD = dx_TD.addmm_(dxa_all, _stack_a(layers, x.dtype)).view_as(x)
+        return dx_TD, None, *(grad for pair in zip(da, db, strict=True) for grad in pair)
+
+
+def _ranks(layers: Sequence[Projection]) -> list[int]:
+    return [layer.a_RD.shape[0] for layer in layers]
+
+
+def _stack_a(layers: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
+    if len(layers) == 1:
+        return layers[0].a_RD.to(dtype)
+    return torch.cat([layer.a_RD.to(dtype) for layer in layers])

@@ -1,7 +1,13 @@
-"""Puts the fused LoRA layer in place of PEFT's forward where it computes the same; elsewhere PEFT's own stays."""
+"""Puts fused layers in place of PEFT's and transformers' forwards where they compute the same; elsewhere those stay.
+
+Nothing is renamed or replaced: only the `forward` of single modules changes, so adapters are saved as PEFT names them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -9,23 +15,50 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from finetune.kernels.lora import lora_linear
+from finetune.kernels.lora import Projection, lora_linears
+from finetune.kernels.pointwise import rms_norm, silu_mul
 
 ADAPTER = "default"
 
+# Projections of one module that are applied to the same input, in the order in which it calls them.
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-def fuse_lora(model: PeftModel) -> tuple[int, int]:
-    """Replace the forward of every LoRA layer that allows it; (replaced, left to PEFT)."""
-    fused = left = 0
+
+@dataclass
+class Fused:
+    """How many modules run a fused forward."""
+
+    lora: int = 0
+    left_to_peft: int = 0
+    norms: int = 0
+    mlps: int = 0
+
+
+def fuse(model: PeftModel) -> Fused:
+    """Replace the forwards that allow it."""
+    count = Fused()
+    grouped: set[torch.nn.Module] = set()
+    shares_kv = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
     for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        if can_fuse(module):
-            module.forward = MethodType(_fused_forward, module)  # type: ignore[method-assign]
-            fused += 1
-        else:
-            left += 1
-    return fused, left
+        for names in GROUPS:
+            layers = [getattr(module, name, None) for name in names]
+            if not shares_kv and all(isinstance(layer, LoraLayer) and can_fuse(layer) for layer in layers):
+                _group(layers)
+                grouped.update(layers)  # type: ignore[arg-type]
+        if isinstance(module, LoraLayer):
+            if not can_fuse(module):
+                count.left_to_peft += 1
+                continue
+            count.lora += 1
+            if module not in grouped:
+                module.forward = MethodType(_lora_forward, module)  # type: ignore[method-assign]
+        elif _is_rms_norm(module):
+            module.forward = MethodType(_norm_forward, module)
+            count.norms += 1
+        elif _is_swiglu(module):
+            module.forward = MethodType(_swiglu_forward, module)
+            count.mlps += 1
+    return count
 
 
 def can_fuse(layer: Any) -> bool:
@@ -47,19 +80,21 @@ def _is_4bit(base: torch.nn.Module) -> bool:
     return isinstance(base, Linear4bit)
 
 
-def _fused_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if layer.disable_adapters or layer.merged or ADAPTER not in layer.active_adapters or args or kwargs:
-        out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
-        return out
+def _is_plain(layer: Any) -> bool:
+    return not layer.disable_adapters and not layer.merged and ADAPTER in layer.active_adapters
+
+
+def projection(layer: Any) -> Projection:
+    """What the kernels need of a PEFT LoRA layer."""
     base = layer.base_layer
+    expand: Callable[[torch.dtype], torch.Tensor] = partial(expand_4bit if _is_4bit(base) else _dense, base)
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return lora_linear(x, _weight_of(base), base.bias, a, b, layer.scaling[ADAPTER])
+    return Projection(expand, base.bias, a, b, layer.scaling[ADAPTER])
 
 
-def _weight_of(base: Any) -> Any:
-    if not _is_4bit(base):
-        return lambda dtype: base.weight.to(dtype)
-    return lambda dtype: expand_4bit(base, dtype)
+def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    weight: torch.Tensor = base.weight.to(dtype)
+    return weight
 
 
 def expand_4bit(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -70,3 +105,72 @@ def expand_4bit(base: Any, dtype: torch.dtype) -> torch.Tensor:
     fix_4bit_weight_quant_state_from_module(base)
     state = base.weight.quant_state
     return dequantize_4bit(base.weight.data.view(-1, 1), state).to(dtype)
+
+
+def _lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args or kwargs or not _is_plain(layer):
+        out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return out
+    return lora_linears(x, [projection(layer)])[0]
+
+
+@dataclass
+class _Pending:
+    """Outputs that the first layer of a group computed for the others."""
+
+    x: torch.Tensor | None = None
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def _group(layers: list[Any]) -> None:
+    pending = _Pending()
+    for index, layer in enumerate(layers):
+        layer.forward = MethodType(partial(_grouped_forward, layers=layers, index=index, pending=pending), layer)
+
+
+def _grouped_forward(
+    layer: Any, x: torch.Tensor, *args: Any, layers: list[Any], index: int, pending: _Pending, **kwargs: Any
+) -> torch.Tensor:
+    if index == 0 and not args and not kwargs and all(_is_plain(other) for other in layers):
+        outputs = lora_linears(x, [projection(other) for other in layers])
+        pending.x, pending.outputs = x, dict(enumerate(outputs))
+        return pending.outputs.pop(0)
+    # The very same tensor, or it was not the call that the first layer saw.
+    if x is pending.x and index in pending.outputs:
+        out = pending.outputs.pop(index)
+        if not pending.outputs:
+            pending.x = None
+        return out
+    return _lora_forward(layer, x, *args, **kwargs)
+
+
+def _is_rms_norm(module: torch.nn.Module) -> bool:
+    """Whether a frozen norm's own forward gives what `rms_norm` gives: names vary, and some scale by 1 + weight."""
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.requires_grad or weight.is_meta:
+        return False
+    x = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
+    with torch.no_grad():
+        return torch.allclose(module(x), rms_norm(x, weight, _eps(module)), rtol=1e-2, atol=1e-3)
+
+
+def _eps(module: Any) -> float:
+    eps: float = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 1e-6
+    return eps
+
+
+def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, module.weight, _eps(module))
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Whether a module is down(silu(gate(x)) * up(x)) and nothing else."""
+    names = {name for name, _ in module.named_children()}
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return False
+    return isinstance(module.act_fn, torch.nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation"
+
+
+def _swiglu_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = module.down_proj(silu_mul(module.gate_proj(x), module.up_proj(x)))
+    return out

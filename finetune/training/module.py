@@ -17,7 +17,7 @@ from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
-from finetune.models.fused import fuse_lora
+from finetune.models.fused import fuse
 from finetune.models.heads import check_head, decoder_of, head_logits
 from finetune.models.load import load_base
 from finetune.models.sources import ModelSource
@@ -106,9 +106,9 @@ class FinetuneModule(L.LightningModule):
         if recipe.training.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=recipe.training.seed)
-        fused, left = fuse_lora(model)
-        if left:
-            say(f"{left} of {fused + left} adapter layers run PEFT's own forward; dropout, DoRA and int8 are not fused")
+        fused = fuse(model)
+        if fused.left_to_peft:
+            say(f"{fused.left_to_peft} adapter layers run PEFT's own forward: dropout, DoRA and int8 are not fused")
         self.loss_model = LossModel(model)
         if self.placement.sharded:
             layers = list(decoder_layers(model))

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from finetune.data.dataset import TokenDataset
-from finetune.inference.generate import Sampling, generate, inference_mode
+from finetune.inference.generate import Sampling, generate
+from finetune.inference.mode import inference_mode
 from finetune.recipe.schema import EvaluationSection
 from finetune.run_dir import RunDir
 from finetune.training.module import FinetuneModule

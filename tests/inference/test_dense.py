@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.inference.dense import dense_weights
+from finetune.inference.mode import inference_mode
+from finetune.models.adapters import attach_adapter
+from finetune.recipe.schema import LoraSection
+
+from tests.inference.conftest import build_llama
+from tests.inference.test_generate import quantized
+
+IDS = torch.tensor([[256, *range(30)]])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dense_copies_compute_what_the_quantized_layers_do(base_folder: Path, tokenizer: Any, rslora: bool) -> None:
+    model = quantized(base_folder, tokenizer, alpha=12, use_rslora=rslora)
+    with inference_mode(model):
+        want = model(input_ids=IDS).logits
+        with dense_weights(model) as size:
+            got = model(input_ids=IDS).logits
+            names = [name for name, _ in model.named_modules()]
+            kinds = {type(module).__name__ for module in model.modules()}
+    assert size == 4 * sum(
+        layer.in_features * layer.out_features
+        for layer in build_llama().model.modules()
+        if isinstance(layer, torch.nn.Linear)
+    )
+    assert "Linear4bit" not in kinds and not any("lora" in name for name in names)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unquantized_base_is_not_changed(tokenizer: Any) -> None:
+    base = build_llama()
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = attach_adapter(base, LoraSection(rank=4), tokenizer, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with inference_mode(model):
+        want = model(input_ids=IDS).logits
+        with dense_weights(model) as size:
+            assert size > 0
+            torch.testing.assert_close(model(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter(), dense_weights(model):
+            bare = model(input_ids=IDS).logits
+    torch.testing.assert_close(bare, build_llama()(IDS).logits.detach())
+    with model.disable_adapter():
+        for name, tensor in model.get_base_model().state_dict().items():
+            if "lora" not in name:
+                assert torch.equal(tensor, weights[name.replace(".base_layer", "")])
+
+
+def test_of_dora_only_the_base_is_expanded(base_folder: Path, tokenizer: Any) -> None:
+    model = quantized(base_folder, tokenizer, use_dora=True)
+    with inference_mode(model):
+        want = model(input_ids=IDS).logits
+        with dense_weights(model) as size:
+            assert size > 0
+            assert any("lora_A" in name for name, _ in model.named_modules())
+            torch.testing.assert_close(model(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_that_do_not_fit_are_not_made(base_folder: Path, tokenizer: Any) -> None:
+    model = quantized(base_folder, tokenizer)
+    with dense_weights(model, max_bytes=1000) as size:
+        assert size == 0
