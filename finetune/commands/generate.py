@@ -44,12 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise BadInputError("nothing to complete; give --prompt TEXT or --file FILE")
 
-    from finetune.inference.load import load_run
     from finetune.machine import keep_freed_memory
     from finetune.models.load import quiet_libraries
 
     keep_freed_memory()
+    # Ahead of the imports below: bitsandbytes gives advice while it is imported.
     quiet_libraries()
+    from finetune.inference.load import load_run
+
     loaded = load_run(arguments.run, base_only=arguments.base)
     start = time.perf_counter()
     completions = _complete(loaded, prompts, arguments)

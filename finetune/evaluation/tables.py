@@ -18,7 +18,7 @@ _MISSING = "–"
 
 def comparison_table(before: Mapping[str, float] | None, after: Mapping[str, float]) -> Table:
     """One row a metric: before, after, change. Task metrics are shares; of any other, less is better."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("metric", no_wrap=True)
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -48,7 +48,7 @@ def _change(name: str, old: float | None, new: float | None) -> Text:
 
 def samples_table(before: Sequence[Sample] | None, after: Sequence[Sample]) -> Table:
     """Every sample as prompt, expected answer and completions one under the other; right ones are green."""
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False, show_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for index, sample in enumerate(after):

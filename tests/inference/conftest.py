@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finetune.data.template import load_template
+from finetune.models.adapters import attach_adapter, save_adapter
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.schema import Recipe
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -68,3 +74,44 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_llama().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make_run(base_folder: Path, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    """Builds a run's directory with an adapter in the folders named; returns it and the trained model."""
+
+    def make(*places: str, **changes: Any) -> tuple[Path, Any]:
+        data = tmp_path / "train.jsonl"
+        data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+        recipe = Recipe.model_validate(
+            {
+                "name": "tiny",
+                "model": {"name": str(base_folder), "attention": "segments"},
+                "adapter": {"rank": 4},
+                "data": {"sources": [{"path": str(data)}], "system": "Be brief."},
+                "training": {"epochs": 1.0, "precision": "32-true"},
+                "evaluation": {"max_new_tokens": 8},
+            }
+            | changes
+        )
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "recipe.yaml").write_text(dump_recipe(recipe))
+        tokenizer, base = build_tokenizer(), build_llama()
+        load_template(tokenizer, recipe.data)
+        model = attach_adapter(base, recipe.adapter, tokenizer, seed=1)
+        for number, place in enumerate(places):
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.2 + 0.1 * number)
+            folder = run / place
+            folder.mkdir(parents=True)
+            save_adapter(model, folder)
+            (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+            if place == "adapter":
+                tokenizer.save_pretrained(folder)
+            else:
+                (folder / "manifest.json").write_text("{}")
+        return run, model.eval()
+
+    return make

@@ -5,7 +5,6 @@ from transformers import Gemma3TextConfig
 from transformers.cache_utils import DynamicLayer
 
 from finetune.inference.cache import GrowingLayer, growing_cache
-
 from tests.inference.conftest import build_llama
 
 

@@ -10,7 +10,6 @@ from finetune.inference.dense import dense_weights
 from finetune.inference.mode import inference_mode
 from finetune.models.adapters import attach_adapter
 from finetune.recipe.schema import LoraSection
-
 from tests.inference.conftest import build_llama
 from tests.inference.test_generate import quantized
 

@@ -15,7 +15,6 @@ from finetune.models.adapters import attach_adapter
 from finetune.models.load import load_base
 from finetune.models.sources import find_model
 from finetune.recipe.schema import LoraSection, ModelSection
-
 from tests.inference.conftest import build_llama
 
 STOP = [257]
@@ -48,7 +47,9 @@ def look(model: torch.nn.Module) -> dict[str, Any]:
         "values": [tensor.detach().clone() for tensor in tensors.values()],
         "config": (base.config.use_cache, base.config._attn_implementation),
         "generation_config": id(base.generation_config),
-        "repacked": [getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in tensors.values()],
+        "repacked": [
+            getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in tensors.values()
+        ],
         "random": torch.get_rng_state(),
     }
 
@@ -207,7 +208,12 @@ def test_fm22_generation_keeps_no_logits(tokenizer: Any) -> None:
     process, seen = psutil.Process(), []
     prompts = [[256, index % 200, 3] for index in range(16 * 64)]
     generate(
-        model, tokenizer, prompts, STOP, Sampling(max_new_tokens=4), batch_size=16,
+        model,
+        tokenizer,
+        prompts,
+        STOP,
+        Sampling(max_new_tokens=4),
+        batch_size=16,
         on_batch=lambda _: seen.append(process.memory_info().rss),
     )
     assert len(seen) == 64

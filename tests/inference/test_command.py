@@ -1,0 +1,90 @@
+"""`finetune generate`, from the command line down to the ids that the model gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import main
+from finetune.commands.generate import read_prompts
+from finetune.errors import DataError
+from finetune.inference import generate as module
+
+MakeRun = Callable[..., tuple[Path, Any]]
+
+
+def test_completions_go_to_stdout_and_numbers_to_stderr(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = make_run("adapter")
+    assert main(["generate", str(run), "--prompt", "hello", "--prompt", "you", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["hello", "you"]
+    assert all(0 < row["num_tokens"] <= 8 for row in rows)
+    assert "tokens/s" in err and "peak memory" in err
+
+    assert main(["generate", str(run), "--prompt", "hello", "--max-new-tokens", "3"]) == 0
+    short = capsys.readouterr().out
+    assert rows[0]["completion"].startswith(short.rstrip("\n\ufffd"))
+    assert main(["generate", str(run), "--prompt", "hello", "--base", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["completion"] != rows[0]["completion"]
+
+
+def test_fm12_the_model_gets_the_ids_of_the_tokenizers_own_template(
+    make_run: MakeRun, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, _ = make_run("adapter")
+    given: list[list[int]] = []
+    real = module.generate
+
+    def spy(model: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any, **options: Any) -> Any:
+        given.extend(prompts)
+        return real(model, tokenizer, prompts, *rest, **options)
+
+    monkeypatch.setattr(module, "generate", spy)
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "x"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"messages": own}) + "\n")
+    assert main(["generate", str(run), "--prompt", "hello", "--file", str(file)]) == 0
+    assert main(["generate", str(run), "--prompt", "hello", "--system", "Sing."]) == 0
+
+    def want(system: str, text: str) -> list[int]:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    # The recipe's system prompt, unless the command or the conversation carries one.
+    assert given == [want("Be brief.", "hello"), want("Mine.", "x"), want("Sing.", "hello")]
+    for ids in given:
+        assert ids[0] == tokenizer.bos_token_id and ids[1] != tokenizer.bos_token_id
+
+
+def test_prompts_are_read_from_text_and_json_lines(tmp_path: Path) -> None:
+    text = tmp_path / "prompts.txt"
+    text.write_text("one\n\n  two \n")
+    assert [messages[0]["content"] for messages in read_prompts(text)] == ["one", "  two "]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('"one"\n{"prompt": "two"}\n{"messages": [{"role": "user", "content": "three"}]}\n')
+    assert [messages[0]["content"] for messages in read_prompts(lines)] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"text": "x"}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"fine"\n{line}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2"):
+        read_prompts(file)
+
+
+def test_bad_arguments_exit_with_2(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = make_run("adapter")
+    assert main(["generate", str(run)]) == 2
+    assert "--prompt" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
+    assert "nowhere: no such directory" in capsys.readouterr().err
+    for wrong in (["--top-p", "0"], ["--temperature", "-1"], ["--max-new-tokens", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["generate", str(run), "--prompt", "x", *wrong])
+        assert caught.value.code == 2

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import ModelError, RecipeError
+from finetune.inference.load import load_run
+from tests.inference.conftest import build_llama
+
+IDS = torch.tensor([[256, *range(30)]])
+MakeRun = Callable[..., tuple[Path, Any]]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_the_final_adapter_is_loaded_whole(make_run: MakeRun) -> None:
+    run, trained = make_run("checkpoints/step-000009", "adapter")
+    loaded = load_run(run)
+    assert loaded.adapter_path == run / "adapter"
+    assert loaded.recipe.name == "tiny"
+    assert loaded.template.stop_token_ids == (257,)
+    torch.testing.assert_close(logits(loaded.model), logits(trained))
+    assert not torch.allclose(logits(loaded.model), logits(build_llama()), atol=0.1)
+
+
+def test_without_it_the_newest_whole_checkpoint_is(make_run: MakeRun) -> None:
+    run, trained = make_run("checkpoints/step-000020", "checkpoints/step-1000000")
+    half = run / "checkpoints" / "step-2000000"
+    shutil.copytree(run / "checkpoints" / "step-000020", half)
+    (half / "manifest.json").unlink()
+    loaded = load_run(run)
+    assert loaded.adapter_path == run / "checkpoints" / "step-1000000"
+    torch.testing.assert_close(logits(loaded.model), logits(trained))
+
+
+def test_a_folder_that_holds_adapter_and_recipe_will_do(make_run: MakeRun, tmp_path: Path) -> None:
+    run, trained = make_run("checkpoints/step-000001", "adapter")
+    alone = tmp_path / "elsewhere"
+    shutil.move(run / "adapter", alone)
+    torch.testing.assert_close(logits(load_run(alone).model), logits(trained))
+    checkpoint = run / "checkpoints" / "step-000001"
+    assert load_run(checkpoint).adapter_path == checkpoint
+
+
+def test_the_bare_base_needs_no_adapter(make_run: MakeRun) -> None:
+    run, _ = make_run()
+    loaded = load_run(run, base_only=True)
+    assert loaded.adapter_path is None
+    torch.testing.assert_close(logits(loaded.model), logits(build_llama()))
+
+
+def test_the_saved_template_outlives_its_file(make_run: MakeRun, tmp_path: Path, tokenizer: Any) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(tokenizer.chat_template.replace("assistant", "bot"))
+    source = {"path": str(tmp_path / "train.jsonl")}
+    run, _ = make_run("adapter", data={"sources": [source], "template": str(file)})
+    want = file.read_text()
+    file.unlink()
+    assert load_run(run).template.source == want
+    assert load_run(run, base_only=True).template.source == want
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "no such directory"),
+        (lambda run: shutil.rmtree(run / "adapter"), "no adapter and no whole checkpoint"),
+        (lambda run: (run / "recipe.yaml").unlink(), "no recipe.yaml"),
+    ],
+)
+def test_what_is_missing_is_named(make_run: MakeRun, spoil: Callable[[Path], Any], message: str) -> None:
+    run, _ = make_run("adapter")
+    spoil(run)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_run(run)
+    assert str(run) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_base_that_is_gone_is_named(make_run: MakeRun, tmp_path: Path) -> None:
+    gone = tmp_path / "gone" / "base"
+    run, _ = make_run("adapter", model={"name": str(gone)})
+    with pytest.raises(ModelError, match=str(gone)):
+        load_run(run)
+
+
+def test_a_damaged_recipe_is_refused(make_run: MakeRun) -> None:
+    run, _ = make_run("adapter")
+    (run / "recipe.yaml").write_text("nmae: tiny\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:1"):
+        load_run(run)
+
+
+def test_fm07_an_adapter_with_a_renamed_tensor_is_refused(make_run: MakeRun) -> None:
+    run, _ = make_run("adapter")
+    path = run / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    name = next(iter(state))
+    save_file({key.replace(name, name + "_old"): tensor for key, tensor in state.items()}, path)
+    with pytest.raises(ModelError, match="1 tensors missing"):
+        load_run(run)
