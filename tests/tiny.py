@@ -118,7 +118,7 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-def tiny_recipe(folder: Path, model: Path, data: Path, **sections: Any) -> dict[str, Any]:
+def tiny_recipe(folder: Path, model: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
     """A recipe for fp32 on CPU; keyword arguments replace or extend its sections."""
     recipe: dict[str, Any] = {
         "name": "tiny",

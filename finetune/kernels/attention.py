@@ -59,6 +59,8 @@ def segment_attention(
     _refuse_what_would_be_wrong(module, attention_mask, dropout, _)
     num_tokens = query.shape[2]
     layout = _layout or ()
+    # Rotary embeddings can leave q and k in fp32 beside v in autocast's dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if sliding_window is not None and _longest_sample(layout, num_tokens) > sliding_window:
         raise NotImplementedError(
             f"segments attention: a sample is longer than the sliding window of {sliding_window} tokens"

@@ -20,6 +20,9 @@ from finetune.kernels.pointwise import rms_norm, silu_mul
 
 ADAPTER = "default"
 
+# Classes whose forward is x Wᵀ + b and nothing else.
+PLAIN_LINEAR = ("Linear", "FalconLinear", "NonDynamicallyQuantizableLinear")
+
 # Projections of one module that are applied to the same input, in the order in which it calls them.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -66,7 +69,7 @@ def can_fuse(layer: Any) -> bool:
     base = layer.get_base_layer()
     return (
         isinstance(base, torch.nn.Linear)
-        and (type(base) is torch.nn.Linear or _is_4bit(base))
+        and (type(base).__name__ in PLAIN_LINEAR or _is_4bit(base))
         and list(layer.lora_A) == [ADAPTER]
         and not layer.lora_variant
         and not layer.lora_bias[ADAPTER]

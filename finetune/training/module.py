@@ -144,6 +144,7 @@ class FinetuneModule(L.LightningModule):
         lr = learning_rate(training.schedule, training.optimizer.lr, self.step, self.num_steps)
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = lr
+        self.gradients.attach()
         micro_losses = []
         for index, micro in enumerate(batch.micro_batches):
             if self.recipe.adapter.dropout > 0:

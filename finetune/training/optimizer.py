@@ -94,10 +94,17 @@ class GradientBuffer:
         self.parameters = list(parameters)
         device = self.parameters[0].device
         self.flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=torch.float32, device=device)
-        offset = 0
-        for parameter in self.parameters:
-            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self._views = [
+            view.view_as(parameter) for view, parameter in zip(self.flat.split(sizes), self.parameters, strict=True)
+        ]
+
+    def attach(self) -> None:
+        """Make every `.grad` the view again: whoever set it to None would split the gradients from the buffer."""
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            if parameter.grad is not view:
+                assert parameter.grad is None, "a gradient was accumulated outside the buffer"
+                parameter.grad = view
 
     def all_reduce(self) -> None:
         """Sum over all ranks: once per optimizer step."""

@@ -1,0 +1,1 @@
+"""Artefacts that other programs load: merged models, GGUF files, pushed repositories."""

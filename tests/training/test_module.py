@@ -1,0 +1,151 @@
+"""The training step against an independent reference: the same model in plain torch, one sample at a time, in fp64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.data.prepare import prepare_data
+from finetune.data.template import load_template
+from finetune.models.adapters import WEIGHTS_NAME
+from finetune.recipe.schema import DataSection, SourceSection
+from finetune.training.metrics import read_metrics
+from finetune.training.steps import StepPlan
+from tests.training.conftest import RunTiny
+
+LR = 1e-2
+ONE_STEP = {
+    "max_steps": 1,
+    "global_batch_size": 8,
+    "optimizer": {"lr": LR},
+    "schedule": {"name": "constant", "warmup_steps": 0},
+    "max_grad_norm": None,
+}
+
+
+def reference_step(model_dir: Path, rows: Path, initial: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and LoRA gradients of the first 8 samples of the plan: PEFT's own forward, no packing, fp64."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    data = DataSection(sources=[SourceSection(path=str(rows))], max_seq_len=128, num_workers=0)
+    dataset = prepare_data(data, tokenizer, load_template(tokenizer, data), seed=0).train
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True, autocast_adapter_dtype=False).double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for index in StepPlan(len(dataset), 8, 1, 8, seed=0).samples(0):
+        ids, supervised = (torch.from_numpy(array) for array in dataset[int(index)])
+        logits = model(input_ids=ids[None].long()).logits[0]
+        wanted = supervised[1:].bool()
+        log_probs = torch.log_softmax(logits[:-1][wanted], -1)
+        total = total - log_probs.gather(1, ids[1:][wanted].long()[:, None]).sum()
+        count += int(wanted.sum())
+    loss = total / count
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {name.replace(".default", ""): grad for name, grad in grads.items()}
+
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "1 x 8": {"training": {"micro_batch_size": 8}, "data": {"packing": "none"}},
+    "8 x 1": {"training": {"micro_batch_size": 1}, "data": {"packing": "none"}},
+    "3 x 3": {"training": {"micro_batch_size": 3}, "data": {"packing": "none"}},
+    "packed": {"data": {"packing": "isolated", "max_tokens": 200}},
+    "shared prefix": {"data": {"packing": "shared_prefix", "max_tokens": 200}},
+    "dense mask": {"data": {"packing": "isolated", "max_tokens": 200}, "model": {"attention": "sdpa"}},
+    "checkpointed": {"training": {"gradient_checkpointing": True}, "data": {"packing": "isolated", "max_tokens": 200}},
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon", "gpt_neox", "qwen3", "gemma3"])
+def test_fm01_any_split_gives_the_reference_gradient(
+    architecture: str, run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path
+) -> None:
+    """SGD's first step is lr x gradient; Lion would hide its size, so the gradient is read off AdamW's first moment."""
+    initial = run_tiny(architecture, "initial", training={**ONE_STEP, "optimizer": {"lr": 1e-30}}).adapter
+    want_loss, want = reference_step(model_dir(architecture), rows, initial)
+    for name, split in SPLITS.items():
+        sections = {key: dict(value) for key, value in split.items()}
+        sections["training"] = {**ONE_STEP, **sections.get("training", {})}
+        sections["data"] = {
+            "sources": [{"path": str(rows)}],
+            "max_seq_len": 128,
+            "num_workers": 0,
+            **sections.get("data", {}),
+        }
+        if "model" in sections:
+            sections["model"]["name"] = str(model_dir(architecture))
+        run = run_tiny(architecture, name.replace(" ", "_"), **sections)
+        state = torch.load(run.checkpoints / "step-000001" / "trainer_state.pt", weights_only=True)
+        moments = [entry["exp_avg"] / 0.1 for entry in state["optimizer"]["state"].values()]
+        got = torch.cat([moment.flatten() for moment in moments]).double()
+        order = [key for key in load_file(run.adapter / WEIGHTS_NAME)]
+        assert len(order) == len(want)
+        reference = torch.cat([want[key].flatten() for key in _in_parameter_order(want)])
+        assert (got - reference).norm() / reference.norm() < 1e-5, name
+        (row,) = read_metrics(run.metrics)
+        assert row["loss"] == pytest.approx(want_loss, rel=1e-5), name
+        assert row["grad_norm"] == pytest.approx(reference.norm().item(), rel=1e-5), name
+
+
+def _in_parameter_order(grads: dict[str, torch.Tensor]) -> list[str]:
+    return list(grads)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon"])
+def test_fm04_checkpointing_leaves_no_adapter_without_gradient(architecture: str, run_tiny: RunTiny) -> None:
+    run = run_tiny(architecture, training={**ONE_STEP, "gradient_checkpointing": True})
+    adapter = load_file(run.adapter / WEIGHTS_NAME)
+    lora_b = [tensor for name, tensor in adapter.items() if "lora_B" in name]
+    assert lora_b and all(tensor.abs().max() > 0 for tensor in lora_b)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_fm25_trainables_are_fp32_whatever_the_base(
+    quantization: str, dtype: str, run_tiny: RunTiny, model_dir: Callable[[str], Path]
+) -> None:
+    model = {"name": str(model_dir("llama")), "quantization": quantization, "dtype": dtype}
+    run = run_tiny(model=model, training={**ONE_STEP, "precision": "bf16-mixed"})
+    assert {tensor.dtype for tensor in load_file(run.adapter / WEIGHTS_NAME).values()} == {torch.float32}
+
+
+def test_fm25_a_nan_stops_the_run_and_keeps_the_last_checkpoint(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.training.module import LossModel
+
+    calls = iter(range(1000))
+    forward = LossModel.forward
+    monkeypatch.setattr(
+        LossModel, "forward", lambda self, micro: forward(self, micro) * (float("nan") if next(calls) == 5 else 1.0)
+    )
+    run = run_tiny(
+        expect=1,
+        training={"micro_batch_size": 4, "max_steps": 6},
+        data={"packing": "none"},
+        checkpoint={"every_steps": 1},
+    )
+    message = capsys.readouterr().err
+    assert "step 3: the loss is nan" in message and "rows.jsonl:" in message
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_on_non_finite_skip_counts_and_goes_on(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.training.module import LossModel
+
+    calls = iter(range(1000))
+    forward = LossModel.forward
+    monkeypatch.setattr(
+        LossModel, "forward", lambda self, micro: forward(self, micro) * (float("nan") if next(calls) == 0 else 1.0)
+    )
+    run = run_tiny(training={"max_steps": 3, "on_non_finite": "skip"}, checkpoint={"every_steps": 1})
+    manifest = json.loads((run.checkpoints / "step-000003" / "manifest.json").read_text())
+    assert manifest["progress"]["num_skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in load_file(run.adapter / WEIGHTS_NAME).values())
