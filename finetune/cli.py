@@ -38,11 +38,37 @@ VERBS: dict[str, Verb] = {
         "complete prompts with a model or adapter",
         "finetune generate runs/my-run --prompt 'Hello'",
     ),
+    "chat": Verb("chat", "talk to a run's model", "finetune chat runs/my-run --compare"),
+    "merge": Verb("merge", "add a run's adapter to its base model, and check the result", "finetune merge runs/my-run"),
+    "export": Verb(
+        "export",
+        "write GGUF or Ollama files, or check it for a server",
+        "finetune export runs/my-run --to gguf --type q8_0",
+    ),
+    "evaluate": Verb(
+        "evaluate",
+        "measure base, adapter and merged model side by side",
+        "finetune evaluate runs/my-run",
+    ),
+    "push": Verb(
+        "push",
+        "publish an adapter on the Hub with a model card",
+        "finetune push runs/my-run my-org/my-adapter",
+    ),
     "recipes": Verb(
         "recipes",
         "list the shipped recipes, or copy one",
         "finetune recipes copy smollm2_135m_tickets my.yaml",
     ),
+    "preview": Verb(
+        "preview",
+        "show the first rows as the model will see them",
+        "finetune preview recipes/smollm2_135m_tickets.yaml --rows 1",
+    ),
+    "watch": Verb("watch", "follow a run from another terminal", "finetune watch runs/my-run"),
+    "runs": Verb("runs", "list runs and their checkpoints", "finetune runs runs"),
+    "report": Verb("report", "write a run's report.html", "finetune report runs/my-run"),
+    "compare": Verb("compare", "set runs side by side", "finetune compare runs/one runs/two --html compare.html"),
     "schema": Verb("schema", "print the recipe's JSON schema for editors", "finetune schema -o recipe.schema.json"),
 }
 

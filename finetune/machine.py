@@ -33,6 +33,20 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "tokenizers", "datasets", "finetune")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to keep what the process frees instead of returning it: on CPU a fifth of a step is page faults."""
     if not sys.platform.startswith("linux"):

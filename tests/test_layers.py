@@ -18,7 +18,7 @@ LAYERS = (
     {"", "errors", "console", "distributed", "files", "machine"},  # "" is finetune/__init__.py
     {"recipe", "kernels", "run_dir"},
     {"data", "models"},
-    {"training", "inference", "evaluation", "export"},
+    {"training", "inference", "evaluation", "export", "report"},
     {"commands"},
     {"cli", "__main__"},
 )

@@ -13,10 +13,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-WORDS = (
+TEXT = (
     "the red fox ran over a small green hill and saw seven old boats on the slow river while rain fell "
     "count add tell name give write three nine forty answer question number word list city tree house"
-).split()
+)
+WORDS = TEXT.split()
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -10,17 +10,18 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import console, say, stdout
+from finetune.console import say, stdout
 from finetune.distributed import is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError
 from finetune.files import sole_owner, write_atomic
-from finetune.machine import describe_machine, keep_freed_memory, peak_memory_bytes
+from finetune.machine import describe_machine, keep_freed_memory, library_versions, peak_memory_bytes
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.shipped import find_recipe
 from finetune.run_dir import RunDir
 
 if TYPE_CHECKING:
     from finetune.evaluation.task import TaskResult
+    from finetune.export.hub_provenance import Provenance
     from finetune.recipe.schema import Recipe
     from finetune.training.callbacks import RunState
     from finetune.training.module import FinetuneModule
@@ -29,29 +30,43 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
+    parser.add_argument(
+        "recipe", help="a recipe's file, the name of a shipped one, an adapter's directory, or hf://ORG/NAME"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
     parser.add_argument("--fresh", action="store_true", help="put earlier work of this run aside and start anew")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure and save; continue where an earlier call was stopped."""
-    recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
+    recipe, provenance = _read_recipe(arguments)
     # Until training starts there is nothing to save: end like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_freed_memory()
 
     from finetune.models.load import quiet_libraries
+
+    # Before bitsandbytes and Lightning are imported: both talk then.
+    quiet_libraries()
     from finetune.training.train import resolve_run
 
-    keep_freed_memory()
-    quiet_libraries()
     run_dir = resolve_run(recipe)
     with ExitStack() as stack:
         if is_rank_zero():
             _own(run_dir, stack)
             if arguments.fresh:
                 _put_aside(run_dir)
-        return _run_recipe(recipe, run_dir)
+        return _run_recipe(recipe, run_dir, provenance, arguments.overrides)
+
+
+def _read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, Provenance | None]:
+    """The recipe of a file, or the one that an adapter carries."""
+    from finetune.export.hub_provenance import is_provenance, load_provenance
+
+    if not is_provenance(arguments.recipe):
+        return load_recipe(find_recipe(arguments.recipe), arguments.overrides), None
+    provenance = load_provenance(arguments.recipe, arguments.overrides)
+    return load_recipe(provenance.recipe, [*provenance.overrides, *arguments.overrides]), provenance
 
 
 def _own(run_dir: RunDir, stack: ExitStack) -> None:
@@ -76,12 +91,19 @@ def _put_aside(run_dir: RunDir) -> None:
     say(f"earlier work put aside in {aside}")
 
 
-def _run_recipe(recipe: Recipe, run_dir: RunDir) -> int:
+def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, overrides: list[str]) -> int:
+    from finetune.export.hub_provenance import check_fingerprints
+    from finetune.export.hub_publish import check_push, push_recipe
+    from finetune.report.html import write_report
     from finetune.training.checkpoint import newest_checkpoint
-    from finetune.training.train import prepare_job, train
+    from finetune.training.train import job_fingerprints, prepare_job, train
 
+    if recipe.hub.push and is_rank_zero():
+        check_push(recipe.hub, run_dir.root)
     job = prepare_job(recipe)
     if is_rank_zero():
+        if provenance is not None:
+            check_fingerprints(provenance, job_fingerprints(job), overrides)
         write_atomic(run_dir.recipe, dump_recipe(recipe))
         job.data.ledger.write(run_dir)
     for line in job.data.ledger.summary_lines():
@@ -96,7 +118,10 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir) -> int:
         if is_rank_zero():
             _record_training(run_dir, job, state)
     if is_rank_zero():
+        write_report(run_dir)
         _summarize(run_dir)
+        if recipe.hub.push:
+            say(f"pushed to {push_recipe(recipe.hub, run_dir.root).url}")
     return EXIT_OK
 
 
@@ -162,6 +187,7 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
         "tokens_per_second": round(state.tokens / max(1e-9, state.seconds), 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "machine": describe_machine(),
+        "versions": library_versions(),
     }
     write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
@@ -192,4 +218,5 @@ def _summarize(run_dir: RunDir) -> None:
             f"{training['tokens_per_second']:,.0f} tokens/s, peak memory {training['peak_memory_bytes'] / 1e9:.2f} GB"
         )
     stdout.print(f"adapter   {run_dir.adapter}", markup=False)
+    stdout.print(f"report    {run_dir.report}", markup=False)
     stdout.print(f"try it    finetune generate {run_dir.root} --prompt 'your text'", markup=False)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from finetune.console import warn
-from finetune.data.ledger import percentiles
+from finetune.data.ledger import length_histogram, percentiles
 from finetune.data.masking import Chunk, Rejected
 from finetune.errors import FinetuneError
 from finetune.files import fsync_path
@@ -217,6 +217,7 @@ def _write_files(folder: Path, chunks: Iterable[Chunk], dtype: np.dtype[Any]) ->
         "num_supervised": num_supervised,
         "counts": dict(counts),
         "lengths": percentiles(full_lengths),
+        "length_histogram": length_histogram(full_lengths),
         "digest": digest.hexdigest(),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }

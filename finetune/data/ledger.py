@@ -48,6 +48,7 @@ class SourceLedger:
     supervised_tokens: int = 0
     label_coverage: float = 0.0
     lengths: dict[str, int] = field(default_factory=dict)
+    length_histogram: dict[str, list[int]] = field(default_factory=dict)
     weight: float = 1.0
     cache: str = ""
 
@@ -107,6 +108,15 @@ def percentiles(lengths: np.ndarray) -> dict[str, int]:
     names = {"p5": 5, "p50": 50, "p95": 95, "p99": 99, "max": 100}
     values = np.percentile(lengths, list(names.values()), method="nearest")
     return {name: int(value) for name, value in zip(names, values, strict=True)}
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """Edges and counts of about 30 equal bins of whole tokens; empty where N is 0."""
+    if not len(lengths):
+        return {}
+    low, high = int(lengths.min()), int(lengths.max()) + 1
+    edges = np.arange(low, high + (width := max(1, -(-(high - low) // 30))), width)
+    return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
 
 
 def check_source(

@@ -281,6 +281,7 @@ def _account(section: SourceSection, store: Store, where: str, role: str, format
         supervised_tokens=supervised,
         label_coverage=supervised / total if total else 0.0,
         lengths=meta["lengths"],
+        length_histogram=meta["length_histogram"],
         weight=section.weight,
         cache=cache,
     )

@@ -29,6 +29,17 @@ def comparison_table(before: Mapping[str, float] | None, after: Mapping[str, flo
     return table
 
 
+def models_table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row a metric, one column a model."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("metric", no_wrap=True)
+    for model in results:
+        table.add_column(model, justify="right", no_wrap=True)
+    for name in dict.fromkeys(name for metrics in results.values() for name in metrics):
+        table.add_row(name, *(_value(name, metrics.get(name)) for metrics in results.values()))
+    return table
+
+
 def _value(name: str, value: float | None) -> str:
     if value is None:
         return _MISSING

@@ -81,10 +81,7 @@ class BaseFiles:
         path = self._files[name]
         if path.suffix != ".safetensors":
             return self._pickled(path)[name]
-        # Opened anew: a mapping that stays open keeps every page that was read in this process's memory.
-        with safe_open(path, "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+        return read_tensor(path, name)
 
     def _shards(self) -> list[Path]:
         for single in (_WEIGHTS, _OLD_WEIGHTS):
@@ -172,3 +169,11 @@ def _write_file(path: Path, tensors: Sequence[TensorInfo], make: Callable[[str],
             tensor = make(info.name)
             assert tensor.dtype == info.dtype and tuple(tensor.shape) == info.shape, info
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file."""
+    # Opened anew for each: a mapping that stays open keeps every page that was read in this process's memory.
+    with safe_open(path, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor

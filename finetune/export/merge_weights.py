@@ -13,8 +13,8 @@ from bitsandbytes.nn import Params4bit
 
 from finetune.recipe.schema import ModelSection
 
-# fp32 values of a block of rows: 64 MB.
-_BLOCK_VALUES = 1 << 24
+# fp32 values of a block of rows: 16 MB.
+_BLOCK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -89,4 +89,4 @@ class Rounding:
 
     def _int8(self, weight: torch.Tensor) -> torch.Tensor:
         values, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
-        return int8_vectorwise_dequant(values, scales).to(self._dtype)
+        return int8_vectorwise_dequant(values, scales)

@@ -23,6 +23,9 @@ NAME = "segments"
 # Queries of one tile of the backward pass: its fp32 scores stay near the caches.
 QUERY_TILE = 256
 
+# Blocks are computed at multiples of this length.
+LENGTH_STEP = 32
+
 # The layout of the row being computed. A module global, not a thread-local: with gradient checkpointing
 # the autograd engine calls the forward pass again from its own threads.
 _layout: RowLayout | None = None
@@ -122,7 +125,12 @@ class _CpuBlockAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=torch.float32)
         for q0, q1, k0, k1, causal in blocks:
-            part, part_lse = flash(query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], 0.0, causal, scale=scale)
+            q_stop = _stop(q0, q1, query.shape[2])
+            k_stop = k0 + q_stop - q0 if causal else k1
+            part, part_lse = flash(
+                query[:, :, q0:q_stop], key[:, :, k0:k_stop], value[:, :, k0:k_stop], 0.0, causal, scale=scale
+            )
+            part, part_lse = part[:, :, : q1 - q0], part_lse[:, :, : q1 - q0]
             if causal:
                 out[:, :, q0:q1] = part
                 lse[:, :, q0:q1] = part_lse
@@ -143,46 +151,52 @@ class _CpuBlockAttention(torch.autograd.Function):
         delta = (grad_out.float() * out.float()).sum(-1)
         grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
         for block in ctx.blocks:
-            for q0, q1, k0, k1, diagonal in _tiles(block):
-                tile = (slice(None), slice(None), slice(q0, q1)), (slice(None), slice(None), slice(k0, k1))
-                _tile_backward(query, key, value, grad_out, lse, delta, grads, tile, diagonal, scale)
+            for tile in _tiles(block):
+                _tile_backward(query, key, value, grad_out, lse, delta, grads, tile, scale)
         return (*grads, None, None)
 
 
-def _tiles(block: Block) -> list[tuple[int, int, int, int, bool]]:
-    """A block cut along its queries; the last field says that a tile's square at the end is causal."""
+def _stop(start: int, stop: int, limit: int) -> int:
+    """`stop` moved on so that few lengths occur: what lies behind it is computed too and left out.
+
+    For every new shape oneDNN compiles and keeps a kernel: with samples' own lengths that was 30 MB more a row.
+    """
+    return min(limit, start - (start - stop) // LENGTH_STEP * LENGTH_STEP)
+
+
+def _tiles(block: Block) -> list[Block]:
+    """A block cut along its queries; a causal one's keys end with them."""
     q_start, q_end, k_start, k_end, causal = block
     tiles = []
     for start in range(q_start, q_end, QUERY_TILE):
         stop = min(start + QUERY_TILE, q_end)
-        tiles.append((start, stop, k_start, k_start + stop - q_start if causal else k_end, causal))
+        tiles.append(Block(start, stop, k_start, k_start + stop - q_start if causal else k_end, causal))
     return tiles
 
 
-def _tile_backward(query, key, value, grad_out, lse, delta, grads, tile, diagonal, scale):  # type: ignore[no-untyped-def]
+def _tile_backward(query, key, value, grad_out, lse, delta, grads, tile: Block, scale: float) -> None:  # type: ignore[no-untyped-def]
     """Add one tile's gradients. torch's own CPU backward kernel needs five times as long on blocks of 128 tokens.
 
-    Scores and their gradient are fp32, since both end in a difference; the products that only sum are in the inputs' dtype.
-    Heads that share a key head are stacked along the queries, which also sums their key gradients.
+    Scores and their gradient are fp32, since both end in a difference; the products that only sum are in the inputs'
+    dtype. Heads that share a key head are stacked along the queries, which also sums their key gradients.
     """
-    q_at, k_at = tile
-    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
-    q, do = (_stacked(tensor[q_at], kv_heads) for tensor in (query, grad_out))
-    k, v = key[k_at][0], value[k_at][0]
-    q_len, k_len = query[q_at].shape[2], k.shape[1]
-    stats = [tensor[q_at].reshape(kv_heads, -1, 1) for tensor in (lse, delta)]
-    probs = torch.bmm(q.float(), k.float().transpose(1, 2)).mul_(scale).sub_(stats[0]).exp_()
-    if diagonal:
-        probs.view(kv_heads, group, q_len, k_len).tril_(k_len - q_len)
-    d_scores = torch.bmm(do.float(), v.float().transpose(1, 2)).sub_(stats[1]).mul_(probs).mul_(scale).to(q.dtype)
-    grads[2][k_at][0].add_(torch.bmm(probs.to(q.dtype).transpose(1, 2), do))
-    grads[1][k_at][0].add_(torch.bmm(d_scores.transpose(1, 2), q))
-    grads[0][q_at].add_(torch.bmm(d_scores, k).view(1, kv_heads * group, q_len, -1))
-
-
-def _stacked(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[1, H, T, D] as [H_kv, G*T, D]."""
-    return tensor.reshape(kv_heads, -1, tensor.shape[-1])
+    q0, q1, k0, k1, causal = tile
+    num_tokens, kv_heads = query.shape[2], key.shape[1]
+    q_stop, k_stop = _stop(q0, q1, num_tokens), _stop(k0, k1, num_tokens)
+    q_at, k_at = (slice(None), slice(None), slice(q0, q_stop)), (0, slice(None), slice(k0, k_stop))
+    q, do = (tensor[q_at].reshape(kv_heads, -1, tensor.shape[-1]) for tensor in (query, grad_out))
+    k, v = key[k_at], value[k_at]
+    lse, delta = (tensor[q_at].reshape(kv_heads, -1, 1) for tensor in (lse, delta))
+    probs = torch.bmm(q.float(), k.float().transpose(1, 2)).mul_(scale).sub_(lse).exp_()
+    by_head = probs.view(kv_heads, -1, q_stop - q0, k_stop - k0)
+    by_head[:, :, q1 - q0 :] = 0.0
+    by_head[:, :, :, k1 - k0 :] = 0.0
+    if causal:
+        by_head.tril_(q0 - k0)
+    d_scores = torch.bmm(do.float(), v.float().transpose(1, 2)).sub_(delta).mul_(probs).mul_(scale).to(q.dtype)
+    grads[2][k_at].add_(torch.bmm(probs.to(q.dtype).transpose(1, 2), do))
+    grads[1][k_at].add_(torch.bmm(d_scores.transpose(1, 2), q))
+    grads[0][q_at].add_(torch.bmm(d_scores, k).view(1, query.shape[1], q_stop - q0, -1))
 
 
 def register() -> None:

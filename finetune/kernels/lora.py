@@ -1,8 +1,8 @@
-"""LoRA linear layers as one autograd function: y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ for layers that share their input.
+"""LoRA linear layers as one autograd function, for layers that share their input: y_i = x W_iᵀ + b_i + s_i x A_iᵀ B_iᵀ.
 
-PEFT's layer takes several graph nodes, casts x to fp32 and back, and makes the update a tensor of its own. Here
-q, k and v (or gate and up) are one node in the compute dtype: their A products are one, x is kept once, and its gradient
-is summed in place. A frozen 4-bit weight is expanded when it is needed and dropped again. The adapter's parameters stay
+PEFT's layer takes several graph nodes, casts x to fp32 and back, and makes the update a tensor of its own. Here q, k
+and v (or gate and up) are one node in the compute dtype: their A products are one, x is kept once, and its gradient is
+summed in place. A frozen 4-bit weight is expanded when it is needed and dropped again. The adapter's parameters stay
 PEFT's own.
 
 Shapes: T tokens, D inputs, O outputs, R rank.

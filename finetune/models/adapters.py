@@ -48,13 +48,13 @@ def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
         exclude_modules=adapter.exclude_modules or None,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
-        init_lora_weights=_INIT.get(adapter.init, adapter.init),  # type: ignore[arg-type]
+        init_lora_weights=_INIT.get(adapter.init, adapter.init),
         modules_to_save=adapter.modules_to_save or None,
         trainable_token_indices=token_indices(adapter, tokenizer) or None,
         rank_pattern=dict(adapter.rank_pattern),
@@ -116,7 +116,8 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] 
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config["peft_version"] = peft.__version__
-    text = json.dumps(config, indent=2, sort_keys=True, default=_jsonable)
+    # In the order given: PEFT takes the first of several rank patterns that match.
+    text = json.dumps(config, indent=2, default=_jsonable)
     (folder / CONFIG_NAME).write_text(text + "\n")
 
 

@@ -23,7 +23,7 @@ def choose_attention(config: Any, model: ModelSection, data: DataSection) -> str
     Raises:
         ModelError: if the recipe asks for packing and the implementation or the model cannot isolate samples.
     """
-    name = model.attention
+    name: str = model.attention
     if name == "auto":
         name = SEGMENTS if _takes_segments(config, data.max_seq_len) else "sdpa"
     elif name == SEGMENTS and not _takes_segments(config, data.max_seq_len):
@@ -63,7 +63,7 @@ def _takes_segments(config: Any, max_seq_len: int) -> bool:
         model_class = model_class[0]
     if not getattr(model_class, "_supports_attention_backend", False):
         return False
-    if getattr(text, "attn_logit_softcapping", None) is not None or getattr(text, "attention_dropout", 0.0):
+    if getattr(text, "attn_logit_softcapping", None) is not None or text.to_dict().get("attention_dropout"):
         return False
     if text.model_type in _RECURRENT or text.model_type == "gpt_oss":
         return False

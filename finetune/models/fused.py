@@ -54,7 +54,7 @@ def fuse(model: PeftModel) -> Fused:
                 continue
             count.lora += 1
             if module not in grouped:
-                module.forward = MethodType(_lora_forward, module)  # type: ignore[method-assign]
+                module.forward = MethodType(_lora_forward, module)
         elif _is_rms_norm(module):
             module.forward = MethodType(_norm_forward, module)
             count.norms += 1

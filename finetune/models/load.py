@@ -24,7 +24,12 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def load_tokenizer(model: ModelSection, source: ModelSource) -> Any:
@@ -99,6 +104,7 @@ def load_base(
         ModelError: if it cannot be found or its files are damaged.
     """
     attention.register()
+    _use_plain_linears()
     try:
         base = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -114,9 +120,38 @@ def load_base(
         raise
     except Exception as error:
         raise unreachable(source.name, error) from error
+    _require_quantized(base, model)
     # from_pretrained returns eval mode; in it, bitsandbytes repacks 4-bit weights on CPU for inference only.
     base.train()
     base.requires_grad_(False)
     base.config.use_cache = False
     loaded: torch.nn.Module = base
     return loaded
+
+
+def _use_plain_linears() -> None:
+    """Let Falcon build torch's Linear: only that exact class is quantized, and its own has the same forward."""
+    from transformers.models.falcon import modeling_falcon
+
+    modeling_falcon.FalconLinear = torch.nn.Linear
+
+
+def _require_quantized(base: Any, model: ModelSection) -> None:
+    """Refuse a model of which a layer that should be quantized is not: it would take four times the memory.
+
+    Raises:
+        ModelError: naming such a layer.
+    """
+    if model.quantization == "none":
+        return
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    kept = set(base.hf_quantizer.modules_to_not_convert or ())
+    for name, module in base.named_modules():
+        if not isinstance(module, torch.nn.Linear) or isinstance(module, Linear4bit | Linear8bitLt):
+            continue
+        if module is not base.get_output_embeddings() and not any(part in name for part in kept):
+            raise ModelError(
+                f"model.quantization: {model.quantization} did not reach the layer {name} "
+                f"({type(module).__name__}); use model.quantization: none for this model"
+            )

@@ -231,6 +231,26 @@ class EvaluationSection(Section):
     num_samples: Annotated[int, Field(ge=0)] = Field(3, description="Completions shown side by side.")
 
 
+class MergeSection(Section):
+    """Adapter and base as one model, and how far it may be from the adapter."""
+
+    base: Literal["auto", "original", "dequantized"] = Field(
+        "auto",
+        description="What the adapter is added to: the published weights, or what a quantized base stood for. "
+        "auto: what the adapter was trained on.",
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Dtype of the merged weights; auto is that of the base in training."
+    )
+    max_kl: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="Largest mean KL divergence (nats) from the adapter, on held-out rows."
+    )
+    max_kl_original: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="The same for a quantized run that is merged into the published weights."
+    )
+    min_agreement: Share = Field(0.9, description="Smallest share of positions with the adapter's most likely token.")
+
+
 class LoggingSection(Section):
     """Where numbers go; metrics.csv is always written."""
 
@@ -262,6 +282,7 @@ class Recipe(Section):
     distributed: DistributedSection = Field(DistributedSection(), description="Devices.")
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="Saved work.")
     evaluation: EvaluationSection = Field(EvaluationSection(), description="Measurements.")
+    merge: MergeSection = Field(MergeSection(), description="Merging the adapter into the base.")
     logging: LoggingSection = Field(LoggingSection(), description="Trackers.")
     hub: HubSection = Field(HubSection(), description="Publishing.")
 

@@ -31,7 +31,8 @@ def size(num_bytes: float | None) -> str:
         return MISSING
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(num_bytes) >= limit:
-            return f"{num_bytes / limit:.3g} {unit}" if num_bytes < 999.5 * limit else f"{num_bytes / limit:,.0f} {unit}"
+            value = num_bytes / limit
+            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
     return f"{num_bytes:.0f} B"
 
 
@@ -44,6 +45,14 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours:,} h {minutes:02d} min"
     return f"{minutes} min {total % 60:02d} s" if minutes else f"{total} s"
+
+
+def age(seconds: float) -> str:
+    """How long ago, in one unit: just now, 5 min ago, 3 h ago, 12 d ago."""
+    for limit, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= limit:
+            return f"{int(seconds // limit):,} {unit} ago"
+    return "just now"
 
 
 def decimal(value: float | None) -> str:

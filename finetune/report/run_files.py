@@ -62,6 +62,13 @@ class RunFiles:
         """The recipe's name, else the directory's."""
         return str(self.recipe.get("name") or self.run_dir.root.resolve().name)
 
+    @property
+    def shown_path(self) -> Path:
+        """The directory as the recipe names it, if it still stands there; else as it was given."""
+        named = Path(str(self.recipe.get("output_dir", ""))) / self.name
+        root = self.run_dir.root.resolve()
+        return named if root.parts[-len(named.parts) :] == named.parts else self.run_dir.root
+
     def key(self, dotted: str) -> Any:
         """A recipe's value by its dotted key; None where it is absent."""
         value: Any = self.recipe
@@ -110,8 +117,8 @@ class RunFiles:
         step, loss = min(points, key=lambda point: (point[1], point[0]))
         return int(step), loss
 
-    def metric_values(self, when: Literal["before", "after"]) -> dict[str, float]:
-        """The task metrics measured before or after training."""
+    def metric_values(self, when: str) -> dict[str, float]:
+        """The metrics measured `before` or `after` training."""
         part = self.results.get(when)
         values = part.get("metrics") if isinstance(part, dict) else None
         return {k: v for k, v in values.items() if isinstance(v, int | float)} if isinstance(values, dict) else {}
@@ -164,8 +171,9 @@ def read_checkpoints(folder: Path, *, hashes: bool) -> list[StoredCheckpoint]:
     """The checkpoints in `folder`, oldest first, whole or not."""
     if not folder.is_dir():
         return []
-    named = [(match, path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()]
-    return sorted((_checkpoint(path, int(m.group(1)), hashes) for m, path in named), key=lambda each: each.step)
+    named = [(match, path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [_checkpoint(path, int(match.group(1)), hashes) for match, path in named if path.is_dir()]
+    return sorted(found, key=lambda each: each.step)
 
 
 def _checkpoint(path: Path, step: int, hashes: bool) -> StoredCheckpoint:

@@ -160,7 +160,7 @@ class Meter(L.Callback):
         }
         self._metrics.append(row)
         if self._trackers is not None:
-            self._trackers.log(row, module.step)  # type: ignore[arg-type]
+            self._trackers.log(row, module.step)
         self._say(row, now)
         self._window_tokens, self._supervised, self._window_start = 0, 0, now
 

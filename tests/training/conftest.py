@@ -39,7 +39,12 @@ def run_tiny(model_dir: Callable[[str], Path], rows: Path, tmp_path: Path) -> Ru
     """Run a tiny recipe through the command line and return its directory; the same name continues it."""
 
     def run(
-        architecture: str = "llama", name: str = "tiny", *, expect: int = 0, arguments: tuple[str, ...] = (), **sections: Any
+        architecture: str = "llama",
+        name: str = "tiny",
+        *,
+        expect: int = 0,
+        arguments: tuple[str, ...] = (),
+        **sections: Any,
     ) -> RunDir:
         recipe = tiny_recipe(tmp_path, model_dir(architecture), rows, **{"name": name, **sections})
         path = write_recipe(tmp_path / f"{name}.yaml", recipe)

@@ -1,0 +1,268 @@
+"""`finetune chat`: talk to a run's model on the terminal; answers appear as they are written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.console import say, warn
+from finetune.errors import EXIT_OK, BadInputError, DataError
+
+if TYPE_CHECKING:
+    from finetune.inference.load import LoadedRun
+
+Message = dict[str, Any]
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit or Ctrl-D ends"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
+    parser.add_argument(
+        "--compare", action="store_true", help="the bare base answers too, in a conversation of its own"
+    )
+    parser.add_argument("--base", action="store_true", help="the base model without the adapter")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this mass (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer every line of standard input until it ends."""
+    _check(arguments)
+
+    from finetune.machine import keep_freed_memory
+    from finetune.models.load import quiet_libraries
+
+    keep_freed_memory()
+    # Ahead of the imports below: bitsandbytes gives advice while it is imported.
+    quiet_libraries()
+    from finetune.inference.load import load_run
+
+    loaded = load_run(arguments.run, base_only=arguments.base)
+    system = loaded.recipe.data.system if arguments.system is None else arguments.system
+    speakers = [Speaker("adapter", system)]
+    if arguments.compare:
+        speakers.insert(0, Speaker("base", system, bare=True))
+    say(HELP)
+    with ExitStack() as stack:
+        if not arguments.compare:
+            # Once for the whole conversation; with two models in turn, once for every answer.
+            stack.enter_context(dense(loaded, bare=False))
+        for line in read_lines():
+            if not handle(line, speakers, loaded, arguments):
+                break
+    return EXIT_OK
+
+
+@dataclass
+class Speaker:
+    """One of those who answer, with a conversation of its own."""
+
+    name: str
+    system: str | None
+    bare: bool = False  # the base without the adapter
+    messages: list[Message] = field(default_factory=list)
+
+    def conversation(self) -> list[Message]:
+        """What the model is shown."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return head + self.messages
+
+
+def handle(line: str, speakers: list[Speaker], loaded: LoadedRun, arguments: argparse.Namespace) -> bool:
+    """Obey a command, or answer a message; False ends the conversation."""
+    if line.startswith("/"):
+        return _command(line, speakers)
+    for speaker in speakers:
+        if len(speakers) > 1:
+            print(f"{speaker.name}> ", end="", flush=True)
+        speaker.messages.append({"role": "user", "content": line})
+        try:
+            answer = _answer(loaded, speaker, arguments, alone=len(speakers) == 1)
+        except DataError as error:  # a template may refuse a conversation, as one with a system prompt
+            speaker.messages.pop()
+            warn(str(error))
+            continue
+        if answer is None:
+            speaker.messages.pop()
+        else:
+            speaker.messages.append({"role": "assistant", "content": answer})
+    return True
+
+
+def _command(line: str, speakers: list[Speaker]) -> bool:
+    word, _, rest = line.partition(" ")
+    if word in ("/exit", "/quit"):
+        return False
+    if word == "/reset":
+        for speaker in speakers:
+            speaker.messages.clear()
+        say("forgotten")
+    elif word == "/system":
+        for speaker in speakers:
+            speaker.system = rest.strip() or None
+            speaker.messages.clear()
+        say(f"system prompt: {rest.strip() or 'none'}; the conversation starts anew")
+    else:
+        say(HELP if word == "/help" else f"unknown command {word}; {HELP}")
+    return True
+
+
+def _answer(loaded: LoadedRun, speaker: Speaker, arguments: argparse.Namespace, *, alone: bool) -> str | None:
+    """Print an answer as it is written and return it; None if the user interrupted it."""
+    pieces: list[str] = []
+    interrupted = False
+    with nullcontext() if alone else dense(loaded, bare=speaker.bare):
+        stream = stream_answer(loaded, speaker.conversation(), arguments)
+        try:
+            for piece in stream:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            stream.close()
+    print(flush=True)
+    if interrupted:
+        say("interrupted; this question and its answer are left out of the conversation")
+        return None
+    return "".join(pieces)
+
+
+@contextmanager
+def dense(loaded: LoadedRun, *, bare: bool) -> Iterator[None]:
+    """Within this, the model is ready to decode: with its adapter, or as the bare base."""
+    from finetune.inference.dense import dense_weights
+    from finetune.inference.mode import decoding
+
+    model: Any = loaded.model
+    with ExitStack() as stack:
+        if bare:
+            stack.enter_context(model.disable_adapter())
+        stack.enter_context(decoding(model))
+        stack.enter_context(dense_weights(model))
+        yield
+
+
+def stream_answer(
+    loaded: LoadedRun, messages: list[Message], arguments: argparse.Namespace
+) -> Generator[str, None, None]:
+    """Pieces of the model's answer as they are decoded; closing the iterator stops the model.
+
+    Raises:
+        DataError: the chat template refuses the conversation, or it is longer than the model's context.
+    """
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+    from finetune.inference.cache import growing_cache
+    from finetune.inference.mode import base_of
+
+    stop = threading.Event()
+
+    class Stopped(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
+
+    causal_lm = base_of(loaded.model)
+    device = causal_lm.get_input_embeddings().weight.device
+    prompt, room = _prompt_ids(loaded, messages)
+    ids = torch.tensor([prompt], device=device)
+    cache = growing_cache(causal_lm) if device.type == "cpu" else None
+    streamer = TextIteratorStreamer(
+        loaded.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            torch.manual_seed(arguments.seed)
+            causal_lm.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=_generation_config(loaded, arguments, room),
+                stopping_criteria=StoppingCriteriaList([Stopped()]),
+                streamer=streamer,
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+        except BaseException as error:
+            errors.append(error)
+            streamer.end()
+
+    yield from _pieces(streamer, work, stop)
+    if errors:
+        raise errors[0]
+
+
+def _pieces(streamer: Any, work: Callable[[], None], stop: threading.Event) -> Iterator[str]:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _prompt_ids(loaded: LoadedRun, messages: list[Message]) -> tuple[list[int], int]:
+    """The conversation's tokens, and how many more the model's context holds."""
+    from finetune.data.template import encode_prompt
+    from finetune.inference.mode import base_of
+
+    ids = encode_prompt(loaded.tokenizer, loaded.template, messages)
+    longest = getattr(base_of(loaded.model).config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if len(ids) >= longest:
+        raise DataError(f"the conversation has {len(ids)} tokens, the model's context holds {longest}; /reset it")
+    return ids, longest - len(ids)
+
+
+def _generation_config(loaded: LoadedRun, arguments: argparse.Namespace, room: int) -> Any:
+    from transformers import GenerationConfig
+
+    stops = list(loaded.template.stop_token_ids)
+    pad = loaded.tokenizer.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=min(arguments.max_new_tokens, room),
+        eos_token_id=stops,
+        pad_token_id=stops[0] if pad is None else pad,
+        use_cache=True,
+        do_sample=arguments.temperature > 0,
+    )
+    if arguments.temperature > 0:
+        config.update(temperature=arguments.temperature, top_p=arguments.top_p, top_k=0)
+    return config
+
+
+def read_lines() -> Iterator[str]:
+    """The user's lines, asked for on a terminal; empty ones are passed over."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401 - line editing and history for input()
+    while True:
+        try:
+            line = input("> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.base and arguments.compare:
+        raise BadInputError("--compare shows the base beside the adapter; leave --base out")
+    if arguments.max_new_tokens < 1:
+        raise BadInputError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise BadInputError(f"--temperature {arguments.temperature}: must be 0 or more")
+    if not 0 < arguments.top_p <= 1:
+        raise BadInputError(f"--top-p {arguments.top_p}: must be above 0 and at most 1")

@@ -1,0 +1,246 @@
+"""`finetune evaluate`: the recipe's metrics of base, adapter and merged model in one table, kept in results.json."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.console import progress_bar, say, stdout, warn
+from finetune.errors import EXIT_OK, BadInputError, DataError, FinetuneError
+from finetune.files import write_atomic
+from finetune.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from finetune.data.dataset import TokenDataset
+    from finetune.data.prepare import Row
+    from finetune.inference.load import LoadedRun
+
+Metrics = dict[str, float]
+
+# Logits of so many positions at once: 0.2 GB for a vocabulary of 150,000.
+_POSITIONS_AT_ONCE = 256
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument("--merged", type=Path, metavar="DIR", help="a merged model (default: RUN/merged, if it exists)")
+    parser.add_argument("--rows", type=_positive, metavar="N", help="only the first test rows (default: the recipe's)")
+    parser.add_argument(
+        "--lm-eval",
+        metavar="TASKS",
+        help="tasks of the lm-eval package, separated by commas, instead of the recipe's metrics; "
+        "--rows limits the rows of each",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every model, print the table and append it to results.json."""
+    tasks = [task.strip() for task in (arguments.lm_eval or "").split(",") if task.strip()]
+    if arguments.lm_eval is not None:
+        _require_lm_eval(tasks)
+    from finetune.machine import keep_freed_memory
+    from finetune.models.load import quiet_libraries
+
+    keep_freed_memory()
+    quiet_libraries()
+    merged = _merged_folder(arguments.run, arguments.merged)
+    measure = _LmEval(tasks, arguments.rows) if tasks else _Task(arguments.rows)
+    start = time.time()
+    results: dict[str, Metrics] = {}
+    for name, loaded in _models(arguments.run, merged):
+        results[name] = measure(loaded, name)
+        del loaded  # the next model needs the room
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "seconds": round(time.time() - start, 1),
+        "metrics": results,
+        "num_rows": measure.num_rows,
+        "lm_eval_tasks": tasks,
+        "merged": None if merged is None else str(merged),
+    }
+    _append(arguments.run, record)
+    _print(results)
+    return EXIT_OK
+
+
+def _merged_folder(run_path: Path, given: Path | None) -> Path | None:
+    folder = RunDir(run_path).merged if given is None else given
+    if not (folder / "config.json").is_file():
+        if given is not None:
+            raise BadInputError(f"{folder}: holds no merged model; make one: finetune merge {run_path}")
+        return None
+    if (folder / "UNUSABLE.md").is_file():
+        warn(f"{folder} has failed its check (see {folder / 'UNUSABLE.md'}); it is measured all the same")
+    return folder
+
+
+def _models(run_path: Path, merged: Path | None) -> Iterator[tuple[str, LoadedRun]]:
+    """Base, adapter and merged model, one in memory at a time."""
+    from finetune.commands.merge import load_merged
+    from finetune.inference.load import LoadedRun, load_run
+
+    loaded = load_run(run_path)
+    model: Any = loaded.model
+    # PiSSA and OLoRA take their initial values off the base's weights, so switching them off gives no base.
+    rewrites = loaded.recipe.adapter.init.startswith(("pissa", "olora"))
+    with nullcontext() if rewrites else model.disable_adapter():
+        bare = load_run(run_path, base_only=True).model if rewrites else model
+        yield "base", replace(loaded, model=bare)
+        del bare
+    yield "adapter", loaded
+    if merged is not None:
+        device, attention = _placement(model)
+        tokenizer, template, recipe = loaded.tokenizer, loaded.template, loaded.recipe
+        del loaded, model
+        gc.collect()
+        whole = load_merged(merged, recipe, device=device, attention=attention)
+        yield "merged", LoadedRun(whole, tokenizer, template, recipe, None)
+
+
+def _placement(model: Any) -> tuple[Any, str]:
+    from finetune.inference.mode import base_of
+
+    base = base_of(model)
+    return base.get_input_embeddings().weight.device, str(base.config._attn_implementation)
+
+
+@dataclass
+class _Task:
+    """The recipe's metrics on its test rows."""
+
+    max_rows: int | None
+    num_rows: int = 0
+    data: tuple[list[Row], TokenDataset | None] | None = field(default=None, repr=False)
+
+    def __call__(self, loaded: LoadedRun, name: str) -> Metrics:
+        from finetune.evaluation.task import evaluate_task
+
+        section = loaded.recipe.evaluation
+        if self.max_rows is not None:
+            section = section.model_copy(update={"max_rows": self.max_rows})
+        # Completions that are only shown are not measured.
+        section = section.model_copy(update={"num_samples": 0})
+        if self.data is None:
+            self.data = self._load(loaded, section)
+        rows, tokens = self.data
+        metrics: Metrics = {}
+        if rows:
+            with progress_bar(f"{name}: completing", len(rows)) as bar:
+                result = evaluate_task(
+                    loaded.model, loaded.tokenizer, loaded.template, rows, section, on_batch=bar.advance
+                )
+            metrics.update(result.metrics)
+        if tokens is not None:
+            metrics["perplexity"] = perplexity(loaded.model, tokens, self.max_rows, name)
+        return metrics
+
+    def _load(self, loaded: LoadedRun, section: Any) -> tuple[list[Row], TokenDataset | None]:
+        from finetune.evaluation.task import load_rows
+
+        recipe = loaded.recipe.model_copy(update={"evaluation": section})
+        rows, tokens = load_rows(recipe, loaded.tokenizer, loaded.template)
+        self.num_rows = max(len(rows), 0 if tokens is None else min(len(tokens), self.max_rows or len(tokens)))
+        if not self.num_rows:
+            raise DataError(
+                "evaluation: there is nothing to measure: set evaluation.source or data.validation.size, "
+                "and evaluation.metrics, in the run's recipe.yaml"
+            )
+        return rows, tokens
+
+
+def perplexity(model: Any, tokens: TokenDataset, max_rows: int | None, name: str = "model") -> float:
+    """exp of the mean cross-entropy over the supervised tokens of the first samples."""
+    import torch
+
+    from finetune.inference.mode import base_of, inference_mode
+    from finetune.models.heads import decoder_of, head_logits
+
+    causal_lm = base_of(model)
+    device = causal_lm.get_input_embeddings().weight.device
+    number = min(len(tokens), max_rows or len(tokens))
+    total, count = 0.0, 0
+    with inference_mode(model), progress_bar(f"{name}: perplexity", number) as bar:
+        for index in range(number):
+            ids, supervised = tokens[index]
+            input_ids = torch.as_tensor(ids, dtype=torch.int64, device=device)[None]
+            positions = torch.as_tensor(supervised[1:], device=device).nonzero()[:, 0]
+            hidden = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+            for part in positions.split(_POSITIONS_AT_ONCE):
+                logits = head_logits(causal_lm, hidden[part]).float()
+                loss = torch.nn.functional.cross_entropy(logits, input_ids[0, part + 1], reduction="sum")
+                total += loss.item()
+            count += len(positions)
+            bar.advance()
+    return math.exp(min(total / max(1, count), 80.0))
+
+
+def _require_lm_eval(tasks: list[str]) -> None:
+    if not tasks:
+        raise BadInputError("--lm-eval: name one or several tasks, e.g. --lm-eval arc_easy,hellaswag")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise BadInputError("--lm-eval: the lm-eval package is not installed; try: pip install 'finetune[eval]'")
+
+
+@dataclass
+class _LmEval:
+    """Tasks of the lm-eval package."""
+
+    tasks: list[str]
+    limit: int | None
+    num_rows: int | None = None
+
+    def __call__(self, loaded: LoadedRun, name: str) -> Metrics:
+        from finetune.inference.mode import base_of, inference_mode
+
+        say(f"{name}: lm-eval {', '.join(self.tasks)}")
+        with inference_mode(loaded.model):
+            # The layers carry the adapter, so the model inside the PeftModel is the adapted one.
+            wrapped = importlib.import_module("lm_eval.models.huggingface").HFLM(
+                pretrained=base_of(loaded.model),
+                tokenizer=loaded.tokenizer,
+                batch_size=loaded.recipe.evaluation.batch_size,
+            )
+            try:
+                found = importlib.import_module("lm_eval").simple_evaluate(
+                    model=wrapped, tasks=self.tasks, limit=self.limit
+                )
+            except (KeyError, ValueError) as error:
+                raise FinetuneError(f"--lm-eval: lm-eval refuses {', '.join(self.tasks)}: {error}") from error
+        self.num_rows = self.limit
+        return {
+            f"{task} {metric.removesuffix(',none')}": float(value)
+            for task, values in found["results"].items()
+            for metric, value in values.items()
+            if isinstance(value, int | float) and "stderr" not in metric
+        }
+
+
+def _append(run_path: Path, record: dict[str, Any]) -> None:
+    path = RunDir(run_path).results
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    results.setdefault("evaluations", []).append(record)
+    write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _print(results: dict[str, Metrics]) -> None:
+    from finetune.evaluation.tables import models_table
+
+    stdout.print(models_table(results))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value

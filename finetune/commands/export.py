@@ -1,0 +1,119 @@
+"""`finetune export`: a run for other programs: GGUF files, an Ollama directory, or a server's check and command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.console import stdout, warn
+from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError
+from finetune.files import sha256_file
+from finetune.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from finetune.export.targets import Job, Target
+
+# What `finetune merge` leaves beside a merged model.
+_RECORD = "merge.json"
+_FOLDER = "export"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, nargs="?", help="a run's directory, one of its adapters, or a merged model's"
+    )
+    parser.add_argument("--to", metavar="TARGET", help="gguf, gguf-lora, ollama, vllm or tgi; see --list")
+    parser.add_argument("--type", metavar="TYPE", help="f16 (default for models), bf16, q8_0; for gguf-lora f32, f16")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="file, or directory for ollama (default: in RUN/export)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the targets")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export a run, or list what it can be exported to."""
+    from finetune.export.targets import TARGETS, choose_type
+
+    if arguments.list:
+        _list_targets(TARGETS)
+        return EXIT_OK
+    if arguments.run is None or arguments.to is None:
+        raise BadInputError("name a run and a target: finetune export RUN --to TARGET; --list shows the targets")
+    if arguments.to not in TARGETS:
+        raise BadInputError(f"--to {arguments.to}: there is no such target; accepted are {', '.join(TARGETS)}")
+    target = TARGETS[arguments.to]
+    type_name = choose_type(arguments.to, arguments.type)
+    if arguments.out is not None and not target.types:
+        raise BadInputError(f"--out {arguments.out}: --to {arguments.to} writes nothing, it checks; leave --out out")
+
+    from finetune.models.load import quiet_libraries
+
+    quiet_libraries()
+    job = _plan(arguments, target)
+    try:
+        lines = target.export(job, type_name)
+    except OSError as error:
+        raise FinetuneError(f"{job.out or job.folder}: cannot be written: {error.strerror or error}") from error
+    for line in lines:
+        stdout.print(line, markup=False)
+    return EXIT_OK
+
+
+def _list_targets(targets: dict[str, Target]) -> None:
+    for name, target in targets.items():
+        needs = "the merged model" if target.needs == "merged" else "the adapter"
+        types = f"; --type {', '.join(target.types)}" if target.types else ""
+        stdout.print(f"{name:10}{target.loads_into}", markup=False)
+        stdout.print(f"{'':10}needs {needs}{types}", markup=False)
+        stdout.print(f"{'':10}verified: {target.verified}", markup=False)
+
+
+def _plan(arguments: argparse.Namespace, target: Target) -> Job:
+    """The job, with the adapter or the merged model that the target needs."""
+    from finetune.export.targets import Job
+    from finetune.inference.load import find_run
+    from finetune.recipe.load import load_recipe
+
+    path: Path = arguments.run
+    if _is_model(path):
+        if target.needs == "adapter":
+            raise ModelError(f"{path}: is a whole model, and --to {arguments.to} takes an adapter; give the run")
+        name = path.resolve().name
+        _check_merged(path, None)
+        return Job(name, path, path, arguments.out, path.parent / _FOLDER, arguments.type, None)
+    recipe_path, adapter = find_run(path)
+    recipe = load_recipe(recipe_path)
+    folder = path / _FOLDER
+    if target.needs == "adapter":
+        if adapter is None:
+            raise ModelError(f"{path}: holds no adapter and no whole checkpoint; train first: finetune run RECIPE")
+        return Job(recipe.name, path, adapter, arguments.out, folder, arguments.type, recipe)
+    merged = RunDir(path).merged
+    if not _is_model(merged):
+        merged = path.with_name(f"{path.name}-merged")  # where a lone adapter's goes
+    if not _is_model(merged):
+        raise ModelError(
+            f"{path}: has not been merged yet, and --to {arguments.to} needs it; run: finetune merge {path}"
+        )
+    _check_merged(merged, adapter)
+    return Job(recipe.name, path, merged, arguments.out, folder, arguments.type, recipe)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def _check_merged(folder: Path, adapter: Path | None) -> None:
+    """Whether a merged model passed its check, and is of the adapter that stands there now."""
+    path = folder / _RECORD
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not record.get("usable", True):
+        raise BadInputError(f"{folder}: failed its check when it was merged ({record.get('fault')}); merge it again")
+    weights = adapter / "adapter_model.safetensors" if adapter is not None else None
+    if weights is not None and sha256_file(weights) != record.get("adapter_sha256"):
+        warn(f"{folder} was merged from another adapter than {adapter}; run finetune merge again to export the new one")

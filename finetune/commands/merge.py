@@ -1,0 +1,333 @@
+"""`finetune merge`: a run's adapter and its base become one model, checked against the adapter before it stands."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import logging
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import __version__
+from finetune.console import say, stdout, warn
+from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError
+from finetune.files import new_directory, replace_directory, sha256_file
+from finetune.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.export.check_merge import CheckSample, Drift, MergeCheck
+    from finetune.export.merge import Merge
+    from finetune.export.merge_plan import MergePlan
+    from finetune.recipe.schema import Recipe
+
+RECORD = "merge.json"
+UNUSABLE = "UNUSABLE.md"
+# Of the memory that is free, what the merged model may take for its check; beyond, its layers stay on disk.
+MAX_MEMORY_SHARE = 0.6
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument(
+        "--base",
+        choices=("auto", "original", "dequantized"),
+        help="what the adapter is added to: the published weights, or those that a quantized run has seen "
+        "(default: the recipe's merge.base)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), help="of the merged weights (default: the recipe's)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/merged")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merge, check, and say where the model is."""
+    from finetune.machine import keep_freed_memory
+    from finetune.models.load import quiet_libraries
+
+    keep_freed_memory()
+    quiet_libraries()
+    folder = merge_run(arguments.run, base=arguments.base, dtype=arguments.dtype, out=arguments.out)
+    stdout.print(f"merged    {folder}", markup=False)
+    stdout.print(f"measure   finetune evaluate {arguments.run} --merged {folder}", markup=False)
+    return EXIT_OK
+
+
+def merge_run(path: Path, *, base: str | None = None, dtype: str | None = None, out: Path | None = None) -> Path:
+    """Merge the adapter of `path` into its base; returns the directory of a model that has passed the check.
+
+    `base` and `dtype` default to the recipe's. What stood in the directory is replaced when the new model is whole.
+
+    Raises:
+        BadInputError: there is no adapter, it does not fit the base, or the directory holds something else.
+        FinetuneError: the disk is too small, or the merged model failed the check; it then stands in its
+            directory with a file UNUSABLE.md that says why.
+    """
+    from finetune.export.check_merge import find_fault, held_out_samples
+
+    merge, template = _prepare(path, base, dtype)
+    folder = _output_folder(path, merge.adapter) if out is None else out
+    _require_replaceable(folder)
+    _say_plan(merge)
+    merge.check_disk(folder)
+    samples, rows = held_out_samples(merge.recipe, merge.tokenizer, template)
+    if not rows.startswith(("validation", "evaluation")):
+        warn(f"the merged model is checked on {rows}")
+    reference, merge = _reference(path, merge, samples)
+    new = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with new_directory(new) as temporary:
+            plan = merge.write(temporary)
+            check = _check(merge, temporary, reference, samples, rows)
+            fault = find_fault(check, merge.recipe.merge)
+            _record(temporary, merge, plan, check, fault)
+        replace_directory(new, folder)
+    except OSError as error:
+        raise FinetuneError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    _say_check(check)
+    if fault is not None:
+        raise FinetuneError(f"{folder}: must not be used: {fault}; see {folder / UNUSABLE}")
+    return folder
+
+
+def _prepare(path: Path, base: str | None, dtype: str | None) -> tuple[Merge, Any]:
+    """The planned merge and the chat template, nothing of the model loaded."""
+    from finetune.data.template import load_template
+    from finetune.export.merge import Merge, choose_base
+    from finetune.inference.load import find_run
+    from finetune.models.adapters import token_indices
+    from finetune.models.load import load_tokenizer
+    from finetune.models.sources import find_model
+    from finetune.recipe.load import load_recipe
+
+    recipe_path, adapter = find_run(path)
+    if adapter is None:
+        raise ModelError(f"{path}: holds no adapter and no whole checkpoint; train first: finetune run RECIPE")
+    recipe = load_recipe(recipe_path)
+    source = find_model(recipe.model)
+    _require_same_base(adapter, source)
+    model, data = recipe.model, recipe.data
+    saved = (adapter / "tokenizer_config.json").is_file()
+    if saved:
+        model = model.model_copy(update={"tokenizer": str(adapter)})
+    tokenizer = load_tokenizer(model, source)
+    if saved and tokenizer.chat_template:
+        data = data.model_copy(update={"template": "auto"})
+    token_indices(recipe.adapter, tokenizer)
+    template = load_template(tokenizer, data)
+    chosen = choose_base(recipe, base or recipe.merge.base)
+    merge = Merge(recipe, source, adapter, tokenizer, template.stop_token_ids, chosen, dtype or recipe.merge.dtype)
+    return merge, template
+
+
+def _require_same_base(adapter: Path, source: Any) -> None:
+    from finetune.models.sources import fingerprint
+
+    path = adapter / "fingerprints.json"
+    if not path.is_file():
+        return
+    recorded = json.loads(path.read_text())["base"]
+    if (found := fingerprint(source))["sha256"] != recorded["sha256"]:
+        raise ModelError(
+            f"model.name: {source.name} is not the base that the adapter was trained on: its files hash to "
+            f"{found['sha256'][:12]} instead of {recorded['sha256'][:12]} (revision {recorded['revision']}); "
+            "bring the old files back, or set model.revision in the run's recipe.yaml"
+        )
+
+
+def _output_folder(path: Path, adapter: Path) -> Path:
+    if adapter.resolve() == path.resolve():
+        return path.with_name(f"{path.name}-merged")
+    return RunDir(path).merged
+
+
+def _require_replaceable(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise BadInputError(f"{folder}: holds something that no merge has written; give another directory by --out")
+    if folder.exists() and not folder.is_dir():
+        raise BadInputError(f"{folder}: is a file; give a directory by --out")
+
+
+def _say_plan(merge: Merge) -> None:
+    weights = merge.plan.weights
+    kinds: dict[str, int] = {}
+    for weight in weights:
+        for step in weight.steps:
+            kinds[step.kind] = kinds.get(step.kind, 0) + 1
+    parts = ", ".join(f"{count} by {kind}" for kind, count in kinds.items())
+    size = merge.plan.num_bytes / 1e9
+    dtype = str(merge.torch_dtype).removeprefix("torch.")
+    say(f"{len(weights)} weights, {size:.2f} GB in {dtype}, base {merge.base}; changed: {parts}")
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The adapter on the base that it was trained on."""
+
+    log_probs: list[torch.Tensor]
+    bare: Drift
+    device: torch.device
+    attention: str
+
+
+def _reference(path: Path, merge: Merge, samples: list[CheckSample]) -> tuple[_Reference, Merge]:
+    """What the adapter gives, and the merge with what only the loaded model knows."""
+    from finetune.export.check_merge import log_probs, measure_drift
+    from finetune.export.merge import residual_weights
+    from finetune.inference.load import load_run
+    from finetune.inference.mode import base_of, inference_mode
+
+    loaded = load_run(path)
+    model: Any = loaded.model
+    device = base_of(model).get_input_embeddings().weight.device
+    with inference_mode(model):
+        wanted = list(log_probs(base_of(model), samples))
+    rewrites = merge.recipe.adapter.init.startswith(("pissa", "olora"))
+    merge = replace(merge, device=device)
+    if rewrites:
+        merge = residual_weights(merge, model)
+        model = load_run(path, base_only=True).model
+    with inference_mode(model), nullcontext() if rewrites else model.disable_adapter():
+        bare = measure_drift(wanted, base_of(model), samples)
+    attention = str(base_of(model).config._attn_implementation)
+    del loaded, model
+    gc.collect()
+    return _Reference(wanted, bare, device, attention), merge
+
+
+def load_merged(folder: Path, recipe: Recipe, *, device: Any, attention: str) -> Any:
+    """A merged model from its files alone, on `device`, in the dtype of its files."""
+    from finetune.models.load import load_base
+    from finetune.models.sources import find_model
+
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    dtype = json.loads((folder / "config.json").read_text()).get("dtype")
+    changes = {
+        "name": str(folder.absolute()),
+        "revision": None,
+        "gguf_file": None,
+        "quantization": "none",
+        "dtype": names.get(dtype, "auto"),
+    }
+    section = recipe.model.model_copy(update=changes)
+    precision = recipe.training.precision
+    return load_base(section, find_model(section), precision=precision, attention_name=attention, device=device)
+
+
+def _load_streamed(folder: Path, merge: Merge, reference: _Reference) -> Any:
+    """The merged model with its layers left on disk; a forward pass reads one after the other."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # "some parameters are on the meta device"
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            merge.config, trust_remote_code=merge.recipe.model.trust_remote_code
+        )
+    lists = [
+        (len(module), name) for name, module in skeleton.named_modules() if isinstance(module, torch.nn.ModuleList)
+    ]
+    layers = max(lists)[1]
+    device = reference.device.index if reference.device.type == "cuda" else "cpu"
+    places: dict[str, Any] = {layers: "disk"}
+    for depth in range(layers.count(".") + 1):
+        above = ".".join(layers.split(".")[:depth])
+        for child, _ in skeleton.get_submodule(above).named_children():
+            name = f"{above}.{child}" if above else child
+            if name != layers and not layers.startswith(f"{name}."):
+                places[name] = device
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=merge.torch_dtype,
+        attn_implementation=reference.attention,
+        device_map=places,
+        trust_remote_code=merge.recipe.model.trust_remote_code,
+    )
+
+
+def _fits_in_memory(num_bytes: int, device: torch.device) -> bool:
+    import psutil
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return num_bytes <= free * MAX_MEMORY_SHARE
+
+
+def _check(merge: Merge, folder: Path, reference: _Reference, samples: list[CheckSample], rows: str) -> MergeCheck:
+    from finetune.export.check_merge import MergeCheck, measure_drift
+    from finetune.inference.mode import inference_mode
+
+    fits = _fits_in_memory(merge.plan.num_bytes, reference.device)
+    if fits:
+        model = load_merged(folder, merge.recipe, device=reference.device, attention=reference.attention)
+    else:
+        say("the merged model is checked from disk, layer by layer: memory is short for the whole of it")
+        model = _load_streamed(folder, merge, reference)
+    with inference_mode(model):
+        merged = measure_drift(reference.log_probs, model, samples)
+        other_base = other = None
+        if merge.recipe.model.quantization != "none" and fits:
+            other_base = "original" if merge.base == "dequantized" else "dequantized"
+            for parameter, value in merge.rounded_weights(other_base):  # type: ignore[arg-type]
+                model.get_parameter(parameter).copy_(value)
+            other = measure_drift(reference.log_probs, model, samples)
+    num_positions = sum(len(sample.positions) for sample in samples)
+    is_own = (merge.base == "dequantized") == (merge.recipe.model.quantization != "none")
+    return MergeCheck(rows, len(samples), num_positions, merge.base, is_own, merged, reference.bare, other_base, other)
+
+
+def _say_check(check: MergeCheck) -> None:
+    say(f"checked on {check.num_samples} {check.rows}, {check.num_positions} positions, against the adapter:")
+    lines = [(f"merged ({check.base})", check.merged), (f"merged ({check.other_base})", check.other)]
+    for name, drift in (*lines, ("bare base", check.bare)):
+        if drift is not None:
+            say(f"  {name:22} KL {drift.kl:.2e}   top-1 agreement {drift.agreement:.1%}")
+
+
+def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, fault: str | None) -> None:
+    from finetune.models.adapters import WEIGHTS_NAME
+    from finetune.recipe.load import dump_recipe
+
+    weights = [
+        {
+            "name": weight.info.name,
+            "shape": list(weight.info.shape),
+            "from": weight.source,
+            "rounded": weight.quantized and merge.base == "dequantized",
+            "rows_added": weight.resized,
+            "steps": [
+                {"kind": step.kind, "tensors": list(step.tensors), "scale": step.scale, "rank": step.rank}
+                for step in weight.steps
+            ],
+        }
+        for weight in plan.weights
+        if weight.is_touched or weight.quantized
+    ]
+    values = {
+        "usable": fault is None,
+        "fault": fault,
+        "base": merge.base,
+        "base_model": {"name": merge.source.name, "revision": merge.source.revision},
+        "dtype": str(merge.torch_dtype).removeprefix("torch."),
+        "tied_embeddings": plan.tied,
+        "adapter_sha256": sha256_file(merge.adapter / WEIGHTS_NAME),
+        "recipe_sha256": hashlib.sha256(dump_recipe(merge.recipe).encode()).hexdigest(),
+        "check": check.to_json(),
+        "finetune_version": __version__,
+        "weights": weights,
+    }
+    (folder / RECORD).write_text(json.dumps(values, indent=1) + "\n")
+    if fault is not None:
+        (folder / UNUSABLE).write_text(
+            f"# Do not use this model\n\nIt was merged, and then failed its check: {fault}.\n\n"
+            f"The figures are in {RECORD} under `check`. The adapter itself is as good as it was.\n"
+        )

@@ -1,0 +1,51 @@
+"""`finetune watch`: follows a run from another terminal until it is finished, or until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from finetune.errors import EXIT_OK
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory")
+    parser.add_argument("--once", action="store_true", help="print the run as it stands and end")
+    parser.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often to look (default: 2)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the run; where the output is no terminal, once."""
+    from rich.live import Live
+
+    from finetune.console import stdout
+    from finetune.report.run_files import open_run
+    from finetune.report.watch import frame
+
+    def look() -> tuple[object, bool]:
+        # Only sizes of checkpoints are compared: hashes would be read again with every frame.
+        found = open_run(arguments.run, hashes=False)
+        return frame(found, width=min(stdout.width, 140), height=stdout.height), found.state == "finished"
+
+    shown, ended = look()
+    if arguments.once or not stdout.is_terminal:
+        stdout.print(shown)
+        return EXIT_OK
+    try:
+        with Live(shown, console=stdout, auto_refresh=False, vertical_overflow="crop") as live:  # type: ignore[arg-type]
+            while not ended:
+                time.sleep(arguments.every)
+                shown, ended = look()
+                live.update(shown, refresh=True)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        pass  # the reader has seen enough; the run goes on
+    return EXIT_OK
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be 0.1 or more")
+    return value

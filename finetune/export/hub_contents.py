@@ -1,0 +1,235 @@
+"""What a push holds: the files of an adapter, a merged model or a GGUF file, with a recipe that others can use.
+
+Nothing on disk is changed: files that name places of this machine are rewritten in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import BadInputError, ModelError
+from finetune.export.model_card_privacy import holds_local_path, holds_secret
+from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.paths import path_values
+from finetune.recipe.schema import Recipe
+from finetune.recipe.shipped import shipped_root
+from finetune.run_dir import RunDir
+
+Kind = Literal["adapter", "merged", "gguf"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FINGERPRINTS = "fingerprints.json"
+RECIPE = "recipe.yaml"
+TEMPLATE = "chat_template.jinja"
+# Written by `finetune merge`: what was merged and measured; and, into a model that did not pass its check, why.
+MERGE_RECORD = "merge.json"
+UNUSABLE = "UNUSABLE.md"
+# A checkpoint's state, and a card that is written anew.
+_LEFT_OUT = {"trainer_state.pt", "manifest.json", "README.md"}
+_VOCABULARY = {"tokenizer.json", "vocab.json", "merges.txt"}
+_TEXT_SUFFIXES = {".json", ".yaml", ".yml", ".jinja", ".md", ".txt"}
+# Source: huggingface_hub, "Manage your cache": models--ORG--NAME/snapshots/COMMIT.
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/?$")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base as others can name it."""
+
+    name: str
+    revision: str | None
+    on_hub: bool
+
+
+@dataclass
+class Contents:
+    """The files of one push by their path in the repository, and what their model card is written from."""
+
+    kind: Kind
+    files: dict[str, Path | bytes]
+    original: Recipe
+    """The recipe as it was run, with this machine's paths."""
+    recipe: Recipe
+    """The recipe as it is pushed."""
+    base: BaseModel
+    fingerprints: dict[str, Any]
+    run: RunDir | None
+    """The run's directory, where the adapter's is in one."""
+    warnings: list[str] = field(default_factory=list)
+
+    def sizes(self) -> dict[str, int]:
+        """Path in the repository to size in bytes, sorted."""
+        sizes = {
+            name: content.stat().st_size if isinstance(content, Path) else len(content)
+            for name, content in self.files.items()
+        }
+        return dict(sorted(sizes.items()))
+
+
+def collect(path: Path, *, merged: bool = False, gguf: Path | None = None) -> Contents:
+    """What a push of the run or adapter at `path` holds: the adapter, or its merged model, or one GGUF file.
+
+    Raises:
+        ModelError: there is no adapter, no merged model, or no such GGUF file.
+        RecipeError: the run's recipe cannot be read.
+        BadInputError: a file that would be pushed holds a token or key.
+    """
+    adapter, run = find_adapter(path)
+    original = load_recipe(adapter / RECIPE)
+    fingerprints = _read_json(adapter / FINGERPRINTS)
+    base = name_base(original, fingerprints)
+    kind: Kind = "gguf" if gguf is not None else "merged" if merged else "adapter"
+    files: dict[str, Path | bytes] = {}
+    if gguf is not None:
+        files[gguf.name] = _require_gguf(gguf)
+    else:
+        folder = _merged_folder(path, run) if merged else adapter
+        files.update(_files_of(folder))
+    if MERGE_RECORD in files:
+        files[MERGE_RECORD] = _merge_record(files[MERGE_RECORD], base)
+    recipe = portable_recipe(original, base, has_template=TEMPLATE in files)
+    if "base" in fingerprints:
+        fingerprints = {**fingerprints, "base": {**fingerprints["base"], "name": base.name}}
+    files[RECIPE] = dump_recipe(recipe).encode()
+    if fingerprints:
+        files[FINGERPRINTS] = (json.dumps(fingerprints, indent=2) + "\n").encode()
+    if kind == "adapter":
+        files[ADAPTER_CONFIG] = _adapter_config(adapter, base)
+    contents = Contents(kind, files, original, recipe, base, fingerprints, run)
+    if not base.on_hub:
+        contents.warnings.append(_no_hub_base(base))
+    _check_texts(contents)
+    return contents
+
+
+def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
+    """The final adapter's directory of a run, or `path` itself where it is one; and the run that it belongs to.
+
+    Raises:
+        ModelError: there is no such directory, or no adapter of ours in it.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such directory; give a run's directory, such as runs/my-run")
+    path = path.resolve()
+    folder = path if (path / ADAPTER_CONFIG).is_file() else RunDir(path).adapter
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{path}: holds no finished adapter ({missing[0]} is missing); train first: finetune run RECIPE"
+        )
+    run = RunDir(folder.parent)
+    return folder, run if run.adapter == folder and run.recipe.is_file() else None
+
+
+def name_base(recipe: Recipe, fingerprints: dict[str, Any]) -> BaseModel:
+    """The base's hub id and commit where it is a hub model (also one loaded from the Hub's cache), else its name."""
+    name = recipe.model.name
+    if match := _SNAPSHOT.search(name):
+        return BaseModel(f"{match.group(1)}/{match.group(2)}", match.group(3), True)
+    if "://" in name:
+        return BaseModel(name, None, False)
+    if os.path.isabs(name):
+        # `./` because a bare word would be taken for a hub id, perhaps someone else's.
+        return BaseModel(f"./{Path(name).name}", None, False)
+    commit = fingerprints.get("base", {}).get("revision")
+    return BaseModel(name, commit or recipe.model.revision, True)
+
+
+def portable_recipe(recipe: Recipe, base: BaseModel, *, has_template: bool) -> Recipe:
+    """The recipe without this machine's paths: what ships with the project relative to it, other files by name."""
+    data = recipe.model_dump(mode="json")
+    for value in path_values(data):
+        if value.path == ("model", "name"):
+            value.section["name"] = base.name
+        elif not os.path.isabs(value.text):
+            continue
+        elif value.path == ("data", "template"):
+            value.section["template"] = f"./{TEMPLATE}" if has_template else "auto"
+        elif value.path == ("model", "tokenizer"):
+            value.section["tokenizer"] = "."  # the tokenizer is saved beside the recipe
+        else:
+            value.section[value.path[-1]] = _portable_path(Path(value.text))
+    if base.on_hub and recipe.model.gguf_file is None:
+        data["model"]["revision"] = base.revision
+    if os.path.isabs(data["output_dir"]) or data["output_dir"].startswith("~"):
+        data["output_dir"] = type(recipe).model_fields["output_dir"].default
+    return Recipe.model_validate(data)
+
+
+def _portable_path(path: Path) -> str:
+    """`./` because a bare word would be taken for a hub data set's id."""
+    root = shipped_root()
+    return f"./{path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name}"
+
+
+def _no_hub_base(base: BaseModel) -> str:
+    what = "a file of a Python package" if "://" in base.name else "a local directory or file"
+    return (
+        f"the base model is {what}, not a hub model: adapter_config.json names it {base.name}, and others can load "
+        "the adapter only with a base that they have (PeftModel.from_pretrained(base, ...)). To let them load it by "
+        "name alone, train with model.name: ORG/NAME, or push the merged model (--merged)"
+    )
+
+
+def _files_of(folder: Path) -> dict[str, Path | bytes]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _LEFT_OUT)
+    names = ((path.relative_to(folder), path) for path in found)
+    return {name.as_posix(): path for name, path in names if not any(part.startswith(".") for part in name.parts)}
+
+
+def _merged_folder(path: Path, run: RunDir | None) -> Path:
+    if run is None or not (run.merged / "config.json").is_file():
+        raise ModelError(f"{path}: holds no merged model; make it first: finetune merge {path}")
+    if (run.merged / UNUSABLE).is_file():
+        raise ModelError(f"{run.merged}: its check failed, see {UNUSABLE} in it; merge again: finetune merge {path}")
+    return run.merged
+
+
+def _require_gguf(path: Path) -> Path:
+    if path.suffix != ".gguf" or not path.is_file():
+        raise ModelError(f"--gguf {path}: no such GGUF file; make it first: finetune export RUN --to gguf")
+    return path
+
+
+def _adapter_config(adapter: Path, base: BaseModel) -> bytes:
+    config = _read_json(adapter / ADAPTER_CONFIG)
+    config["base_model_name_or_path"] = base.name
+    config["revision"] = base.revision
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _merge_record(path: Path | bytes, base: BaseModel) -> bytes:
+    assert isinstance(path, Path)
+    record = _read_json(path)
+    record["base_model"] = {"name": base.name, "revision": base.revision}
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: is damaged: {error}; take a checkpoint's file or train again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _check_texts(contents: Contents) -> None:
+    for name, content in contents.files.items():
+        if Path(name).suffix not in _TEXT_SUFFIXES or Path(name).name in _VOCABULARY:
+            continue
+        text = (content.read_bytes() if isinstance(content, Path) else content).decode("utf-8", errors="replace")
+        if holds_secret(text):
+            raise BadInputError(
+                f"{name} holds what looks like a token or key, and was not pushed; remove it from the recipe or "
+                "the tokenizer's files, revoke it if it was ever shared, then push again"
+            )
+        if holds_local_path(text):
+            contents.warnings.append(f"{name} names a path of this machine; everyone who can read {name} will see it")

@@ -1,0 +1,132 @@
+"""`finetune chat`: the same answers as `generate`, streamed, over several turns."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import main
+from finetune.commands import chat
+
+MakeRun = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Runs the command on lines of input; returns what it printed."""
+
+    def run(path: Path, *lines: str, options: tuple[str, ...] = ()) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        assert main(["chat", str(path), "--max-new-tokens", "8", *options]) == 0
+        out, err = capsys.readouterr()
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
+    """Every conversation that the model is shown."""
+    conversations: list[list[dict[str, Any]]] = []
+    real = chat.stream_answer
+
+    def spy(loaded: Any, messages: list[dict[str, Any]], arguments: Any) -> Any:
+        conversations.append([dict(message) for message in messages])
+        return real(loaded, messages, arguments)
+
+    monkeypatch.setattr(chat, "stream_answer", spy)
+    return conversations
+
+
+def generated(run: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["generate", str(run), "--prompt", "hello", "--max-new-tokens", "8", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_first_answer_is_generates(make_run: MakeRun, talk: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = make_run("adapter")
+    assert talk(run, "hello")[0] == generated(run, capsys)
+    assert talk(run, "hello", options=("--base",))[0] == generated(run, capsys, "--base")
+
+
+def test_turns_build_up_and_reset_and_system_start_anew(make_run: MakeRun, talk: Any, shown: Any) -> None:
+    run, _ = make_run("adapter")
+    out, err = talk(
+        run, "one", "", "two", "/reset", "three", "/system Sing.", "four", "/system", "five", "/exit", "six"
+    )
+    assert len(out.splitlines()) >= 5
+    assert [[(m["role"], m["content"]) for m in messages if m["role"] != "assistant"] for messages in shown] == [
+        [("system", "Be brief."), ("user", "one")],
+        [("system", "Be brief."), ("user", "one"), ("user", "two")],
+        [("system", "Be brief."), ("user", "three")],
+        [("system", "Sing."), ("user", "four")],
+        [("user", "five")],
+    ]
+    assert [message["role"] for message in shown[1]] == ["system", "user", "assistant", "user"]
+    assert "forgotten" in err and "system prompt: Sing." in err and "system prompt: none" in err
+
+
+def test_compare_keeps_two_conversations(
+    make_run: MakeRun, talk: Any, shown: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run("adapter")
+    out, _ = talk(run, "hello", "again", options=("--compare",))
+    base, adapter = generated(run, capsys, "--base"), generated(run, capsys)
+    assert base != adapter
+    assert out.startswith(f"base> {base}adapter> {adapter}base> ")
+    assert [messages[2]["content"] for messages in shown[2:]] == [base[:-1], adapter[:-1]]
+
+
+def test_a_conversation_past_the_context_is_not_answered(make_run: MakeRun, talk: Any, shown: Any) -> None:
+    run, _ = make_run("adapter")
+    _, err = talk(run, "x" * 600, "short")
+    assert "the conversation has 6" in err and "the model's context holds 512; /reset it" in err
+    assert [message["content"] for message in shown[1]] == ["Be brief.", "short"]
+
+
+def test_an_interrupted_answer_is_forgotten(
+    make_run: MakeRun, talk: Any, shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TextIteratorStreamer
+
+    run, _ = make_run("adapter")
+    real = TextIteratorStreamer.__next__
+    calls = iter((True,))
+
+    def interrupt(streamer: Any) -> str:
+        if next(calls, False):
+            raise KeyboardInterrupt
+        return real(streamer)
+
+    monkeypatch.setattr(TextIteratorStreamer, "__next__", interrupt)
+    _, err = talk(run, "one", "two")
+    assert "interrupted" in err
+    assert [message["content"] for message in shown[1]] == ["Be brief.", "two"]
+
+
+def test_a_failure_in_the_model_is_not_swallowed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run("adapter")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    monkeypatch.setattr(chat, "_generation_config", lambda *_: 1 / 0)
+    assert main(["chat", str(run)]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--base", "--compare"), "leave --base out"),
+        (("--max-new-tokens", "0"), "must be at least 1"),
+        (("--temperature", "-1"), "must be 0 or more"),
+        (("--top-p", "0"), "must be above 0"),
+    ],
+)
+def test_bad_options_exit_2(options: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "nowhere", *options]) == 2
+    assert part in capsys.readouterr().err

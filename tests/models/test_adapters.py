@@ -1,0 +1,47 @@
+"""Targets are found before weights are loaded, and wrong names list what there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.errors import ModelError
+from finetune.models.adapters import build_config, linear_names
+from finetune.recipe.schema import LoraSection
+from tests.tiny import CONFIGS
+
+LINEAR = {
+    "llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "qwen3": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "falcon": ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"],
+    "gpt_neox": ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"],
+}
+
+
+def on_meta(architecture: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    return model
+
+
+@pytest.mark.parametrize("architecture", LINEAR)
+def test_fm26_targets_are_found_on_the_meta_device(architecture: str) -> None:
+    model = on_meta(architecture)
+    assert linear_names(model) == LINEAR[architecture]
+    config = build_config(model, LoraSection(target_modules=LINEAR[architecture][:1]), None)
+    assert config.target_modules == {LINEAR[architecture][0]}
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("query_key_values", "query_key_value"), ("dense_h_4h", "dense_h_to_4h")])
+def test_fm26_a_wrong_target_names_the_near_one_and_all(wrong: str, meant: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        build_config(on_meta("falcon"), LoraSection(target_modules=[wrong]), None)
+    message = str(caught.value)
+    assert "adapter.target_modules" in message and f"did you mean {meant}?" in message
+    assert all(name in message for name in LINEAR["falcon"])
+
+
+def test_fm26_llama_names_on_falcon_list_the_candidates() -> None:
+    with pytest.raises(ModelError, match=r"no module q_proj.*query_key_value"):
+        build_config(on_meta("falcon"), LoraSection(target_modules=["q_proj", "v_proj"]), None)

@@ -1,0 +1,71 @@
+"""Fused forwards give PEFT's values and gradients, and step aside where they do not apply."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.models.adapters import attach_adapter, trainable_parameters
+from finetune.models.fused import fuse
+from finetune.recipe.schema import LoraSection
+from tests.tiny import CONFIGS
+
+
+def adapted(architecture: str, **adapter: Any) -> Any:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation="sdpa").double()
+    base.requires_grad_(False)
+    model = attach_adapter(base, LoraSection(rank=4, **adapter), None, seed=0)
+    for parameter in trainable_parameters(model):
+        parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.1
+    return model
+
+
+def loss_and_gradients(model: Any) -> list[torch.Tensor]:
+    ids = torch.arange(24).view(2, 12) % 320
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in trainable_parameters(model))]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3", "falcon", "gpt_neox"])
+def test_fused_equals_peft(architecture: str) -> None:
+    model = adapted(architecture)
+    want = loss_and_gradients(copy.deepcopy(model))
+    count = fuse(model)
+    assert count.lora > 0 and count.left_to_peft == 0
+    for left, right in zip(loss_and_gradients(model), want, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_norms_and_swiglu_are_found(architecture: str) -> None:
+    count = fuse(adapted(architecture))
+    assert count.mlps == 2 and count.norms >= 5
+
+
+def test_gemma_keeps_its_own_norm_and_activation() -> None:
+    count = fuse(adapted("gemma3"))
+    assert count.mlps == 0 and count.norms == 0
+
+
+@pytest.mark.parametrize("adapter", [{"dropout": 0.1}, {"use_dora": True}], ids=str)
+def test_what_is_not_plain_lora_stays_with_peft(adapter: dict[str, Any]) -> None:
+    count = fuse(adapted("llama", **adapter))
+    assert count.lora == 0 and count.left_to_peft == 14
+
+
+def test_a_disabled_adapter_gives_the_base() -> None:
+    model = adapted("llama")
+    ids = torch.arange(12)[None]
+    with model.disable_adapter():
+        want = model(input_ids=ids).logits
+    fuse(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=ids).logits, want)
+    assert not torch.allclose(model(input_ids=ids).logits, want)

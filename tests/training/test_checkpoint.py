@@ -1,0 +1,136 @@
+"""What a checkpoint holds, and that only whole ones count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.models.adapters import WEIGHTS_NAME
+from finetune.run_dir import RunDir
+from finetune.training.checkpoint import MANIFEST, STATE, damage, newest_checkpoint, prune
+from finetune.training.metrics import read_metrics
+from tests.training.conftest import RunTiny
+
+EVERY_STEP = {"every_steps": 1, "keep_last": 99}
+FILES = {WEIGHTS_NAME, "adapter_config.json", STATE, "recipe.yaml", "fingerprints.json", MANIFEST}
+
+
+def same_ending(left: RunDir, right: RunDir, step: str = "step-000006") -> None:
+    """Bit-identical adapter, moments and learning rate; the same losses."""
+    for run in (left, right):
+        assert damage(run.checkpoints / step) is None
+    tensors = [load_file(run.checkpoints / step / WEIGHTS_NAME) for run in (left, right)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] | tensors[1])
+    states = [torch.load(run.checkpoints / step / STATE, weights_only=True) for run in (left, right)]
+    groups = [state["optimizer"]["param_groups"] for state in states]
+    assert groups[0] == groups[1]
+    for index, entry in states[0]["optimizer"]["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(value, states[1]["optimizer"]["state"][index][name]), name
+    kept = ("step", "epoch", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "validation_loss")
+    metrics = [[{key: row[key] for key in kept} for row in read_metrics(run.metrics)] for run in (left, right)]
+    assert metrics[0] == metrics[1]
+
+
+def interrupt_after(run: RunDir, step: int) -> None:
+    """Leave the run as a kill right after the checkpoint of `step` leaves it."""
+    import shutil
+
+    for path in run.checkpoints.iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(run.adapter)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])  # 24 rows, 8 a step: an epoch ends at 3
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fm17_fm18_a_resumed_run_ends_in_the_same_bytes(step: int, workers: int, run_tiny: RunTiny) -> None:
+    sections = {
+        "training": {"max_steps": 6, "num_workers": workers},
+        "adapter": {"dropout": 0.1},
+        "checkpoint": EVERY_STEP,
+        "data": {"validation": {"size": 4}, "packing": "isolated"},
+        "evaluation": {"every_steps": 2},
+    }
+    if workers and step != 3:
+        pytest.skip("one instant is enough for loader processes")
+    whole = run_tiny(name="whole", **sections)
+    cut = run_tiny(name="cut", **sections)
+    interrupt_after(cut, step)
+    run_tiny(name="cut", **sections)
+    same_ending(whole, cut)
+
+
+def test_fm21_a_checkpoint_holds_the_adapter_and_no_base(run_tiny: RunTiny) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    folder = run.checkpoints / "step-000004"
+    assert {path.name for path in folder.iterdir()} == FILES
+    adapter = load_file(folder / WEIGHTS_NAME)
+    assert all("lora_" in name for name in adapter)
+    trained = sum(tensor.numel() * 4 for tensor in adapter.values())
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 * trained + 100_000
+
+
+def test_fm07_a_renamed_tensor_is_refused(run_tiny: RunTiny, model_dir: Callable[[str], Path]) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from finetune.errors import ModelError
+    from finetune.models.adapters import adapter_state, attach_adapter, load_adapter
+    from finetune.recipe.schema import LoraSection
+
+    run = run_tiny()
+    base = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+    model = attach_adapter(base, LoraSection(rank=4, alpha=8), None, seed=1)
+    load_adapter(model, run.adapter)
+    saved = load_file(run.adapter / WEIGHTS_NAME)
+    assert adapter_state(model).keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter_state(model).items())
+    name = next(iter(saved))
+    saved[name.replace("lora_A", "lora_X")] = saved.pop(name)
+    save_file(saved, run.adapter / WEIGHTS_NAME)
+    with pytest.raises(ModelError, match=r"1 tensors missing .* 1 unknown"):
+        load_adapter(model, run.adapter)
+
+
+DAMAGES = {
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "torn manifest": lambda folder: (folder / MANIFEST).write_text("{"),
+    "short file": lambda folder: (folder / STATE).write_bytes((folder / STATE).read_bytes()[:-9]),
+    "flipped bit": lambda folder: flip(folder / WEIGHTS_NAME),
+    "lost file": lambda folder: (folder / "adapter_config.json").unlink(),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_fm19_a_damaged_checkpoint_is_named_and_passed_over(
+    name: str, run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    DAMAGES[name](run.checkpoints / "step-000004")
+    newest = newest_checkpoint(run.checkpoints)
+    assert newest is not None and newest.step == 3
+    assert "step-000004 is not a whole checkpoint" in capsys.readouterr().err
+    run_tiny(checkpoint=EVERY_STEP)
+    assert damage(run.checkpoints / "step-000004") is None
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
+        folder = tmp_path / f"step-{step:06d}"
+        folder.mkdir()
+        progress = {"validation_loss": loss, "validated_at": step}
+        (folder / MANIFEST).write_text(json.dumps({"step": step, "progress": progress, "files": {}}))
+    prune(tmp_path, keep_last=1, keep_best=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004"]

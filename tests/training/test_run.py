@@ -1,0 +1,198 @@
+"""`finetune run` on tiny models: modes, schedules, stopping, locks, trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.files import sole_owner
+from finetune.models.adapters import WEIGHTS_NAME
+from finetune.training.metrics import read_metrics
+from finetune.training.module import FinetuneModule
+from tests.tiny import tiny_recipe, write_recipe
+from tests.training.conftest import RunTiny
+
+
+def test_fm03_everything_trained_is_in_training_mode(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool]] = []
+    step = FinetuneModule.training_step
+
+    def spy(self: FinetuneModule, batch: Any, index: int) -> None:
+        trained = [m for m in self.loss_model.modules() if any(p.requires_grad for p in m.parameters())]
+        seen.append((self.step, all(module.training for module in trained)))
+        step(self, batch, index)
+
+    monkeypatch.setattr(FinetuneModule, "training_step", spy)
+    sections: dict[str, Any] = {
+        "data": {"validation": {"size": 4}},
+        "evaluation": {"every_steps": 1, "num_samples": 1, "max_new_tokens": 4},
+        "checkpoint": {"every_steps": 1, "keep_last": 9},
+    }
+    run = run_tiny(**sections)
+    import shutil
+
+    shutil.rmtree(run.checkpoints / "step-000004")
+    run_tiny(**sections)
+    assert seen == [(0, True), (1, True), (2, True), (3, True), (3, True)]
+
+
+def test_fm14_a_remainder_is_normalised_by_its_own_tokens(run_tiny: RunTiny) -> None:
+    """20 samples, 8 a step: 3 updates, the schedule at its end, the last loss a mean over 4 samples."""
+    training = {"epochs": 1.0, "max_steps": None, "schedule": {"name": "linear", "warmup_steps": 0}}
+    run = run_tiny(training=training, data={"validation": {"size": 4}})
+    rows = list(read_metrics(run.metrics))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    assert all(4.0 < (row["loss"] or 0) < 8.0 for row in rows), "about ln 320, not a fraction of it"
+
+
+def test_fm13_two_processes_agree(model_dir: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    hashes = []
+    for name, hash_seed in (("a", "1"), ("b", "2")):
+        recipe = tiny_recipe(tmp_path, model_dir("llama"), rows, name=name, adapter={"dropout": 0.1})
+        path = write_recipe(tmp_path / f"{name}.yaml", recipe)
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", "finetune", "run", str(path)], env=environment, check=True, timeout=200)
+        run = tmp_path / "runs" / name
+        hashes.append((run / "adapter" / WEIGHTS_NAME).read_bytes())
+        hashes.append([row["loss"] for row in read_metrics(run / "metrics.csv")])
+    assert hashes[:2] == hashes[2:]
+
+
+def test_fm02_a_model_taught_four_answers_stops_by_itself(
+    run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pad is EOS in the tiny tokenizer, and no pad token is ever a label."""
+    rows = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": f"{word} {word}"}]}
+        for word in ("red", "green", "seven", "boats")
+    ]
+    path = tmp_path / "four.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_tiny(
+        data={"sources": [{"path": str(path)}], "validation": {"source": {"path": str(path)}}},
+        adapter={"rank": 16, "alpha": 32},
+        training={"max_steps": 60, "global_batch_size": 4, "optimizer": {"lr": 2e-2}},
+        evaluation={"metrics": ["exact_match"], "num_samples": 4, "max_new_tokens": 24},
+    )
+    after = json.loads(run.results.read_text())["after"]
+    assert after["metrics"]["exact_match"] == 1.0
+    assert all(sample["stopped"] for sample in after["samples"])
+
+
+def test_validation_stops_early_and_keeps_the_best(run_tiny: RunTiny) -> None:
+    run = run_tiny(
+        training={"max_steps": 12, "optimizer": {"lr": 1e-30}},
+        data={"validation": {"size": 4}},
+        evaluation={"every_steps": 1, "early_stopping": {"patience": 2}, "num_samples": 0},
+        checkpoint={"every_steps": 1, "keep_last": 1},
+    )
+    steps = [row["step"] for row in read_metrics(run.metrics)]
+    assert steps == [1, 2, 3]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000001", "step-000003"]
+    assert run.adapter.is_dir()
+
+
+def test_a_second_run_in_the_same_place_is_refused(
+    run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sole_owner(tmp_path / "runs" / "tiny" / ".lock"):
+        run_tiny(expect=2)
+    assert f"in use by process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_fresh_puts_earlier_work_aside(run_tiny: RunTiny, tmp_path: Path) -> None:
+    run = run_tiny()
+    before = (run.adapter / WEIGHTS_NAME).read_bytes()
+    run_tiny(arguments=("--fresh",), training={"max_steps": 2})
+    aside = [path for path in (tmp_path / "runs").iterdir() if path.name.startswith("tiny.")]
+    assert len(aside) == 1 and (aside[0] / "adapter" / WEIGHTS_NAME).read_bytes() == before
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
+
+
+def test_a_finished_run_is_left_alone(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_tiny()
+    before = (run.adapter / WEIGHTS_NAME).stat().st_mtime_ns
+    run_tiny()
+    assert "this run is finished" in capsys.readouterr().err
+    assert (run.adapter / WEIGHTS_NAME).stat().st_mtime_ns == before
+
+
+def test_wandb_is_offline_without_a_key_and_keeps_its_id(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = run_tiny(logging={"trackers": ["wandb"]})
+    identity = (run.logs / "tracker_id").read_text()
+    assert any(identity in str(path) for path in run.logs.rglob("*.wandb"))
+
+
+def test_a_tracker_that_fails_never_stops_training(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.training import trackers
+
+    class Broken:
+        def __init__(self, *_: object) -> None:
+            self.calls = 0
+
+        def log(self, *_: object) -> None:
+            raise ConnectionError("the service went away")
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Broken)
+    run = run_tiny(logging={"trackers": ["wandb"]})
+    assert len(list(read_metrics(run.metrics))) == 4
+    assert capsys.readouterr().err.count("the service went away") == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp4", "int8"])
+def test_every_precision_and_quantization_trains(
+    precision: str, quantization: str, run_tiny: RunTiny, model_dir: Callable[[str], Path]
+) -> None:
+    model = {"name": str(model_dir("llama")), "quantization": quantization}
+    run = run_tiny(model=model, training={"max_steps": 8, "precision": precision})
+    losses = [row["loss"] or 0.0 for row in read_metrics(run.metrics)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init": "gaussian"},
+        {"init": "orthogonal"},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_tokens": ["<new>", 5]},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
+        {"exclude_modules": ["down_proj"]},
+    ],
+    ids=str,
+)
+def test_every_adapter_setting_trains_and_resumes(adapter: dict[str, Any], run_tiny: RunTiny) -> None:
+    import shutil
+
+    sections = {"adapter": adapter, "training": {"max_steps": 4}, "checkpoint": {"every_steps": 1, "keep_last": 9}}
+    run = run_tiny(**sections)
+    want = load_file(run.adapter / WEIGHTS_NAME)
+    losses = [row["loss"] or 0.0 for row in read_metrics(run.metrics)]
+    assert losses[-1] < losses[0]
+    for step in (3, 4):
+        shutil.rmtree(run.checkpoints / f"step-00000{step}")
+    shutil.rmtree(run.adapter)
+    run_tiny(**sections)
+    got = load_file(run.adapter / WEIGHTS_NAME)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

@@ -1,0 +1,98 @@
+"""The step plan: order, split over ranks, packing; and what none of them may change."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from finetune.data.packing import PackedRow, Prefixes, best_fit_decreasing, no_prefixes, pack_rows
+from finetune.recipe.schema import TrainingSection
+from finetune.training.steps import Packing, build_plan, plan_batches, plan_rows, sample_costs, split_over_ranks
+
+
+def training(**values: object) -> TrainingSection:
+    return TrainingSection.model_validate({"global_batch_size": 4, "micro_batch_size": 2, **values})
+
+
+def test_every_epoch_shows_every_sample_once() -> None:
+    plan = build_plan(10, training(epochs=3.0))
+    shown = np.concatenate([plan.samples(step) for step in range(plan.num_steps)])
+    assert plan.num_steps == 8 and len(shown) == 30
+    for epoch in range(3):
+        assert sorted(shown[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
+    assert shown[:10].tolist() != shown[10:20].tolist()
+
+
+def test_fm14_the_last_step_holds_what_is_left() -> None:
+    plan = build_plan(10, training(epochs=1.0))
+    assert [len(plan.samples(step)) for step in range(plan.num_steps)] == [4, 4, 2]
+
+
+def test_max_steps_and_epochs_end_at_whichever_comes_first() -> None:
+    assert build_plan(10, training(max_steps=2, epochs=3.0)).num_steps == 2
+    assert build_plan(10, training(max_steps=99, epochs=1.0)).num_steps == 3
+
+
+def test_fm13_the_order_follows_from_the_seed_alone() -> None:
+    first, second, other = (build_plan(50, training(epochs=2.0, seed=seed)) for seed in (7, 7, 8))
+    for step in range(first.num_steps):
+        assert first.samples(step).tolist() == second.samples(step).tolist()
+    assert first.samples(0).tolist() != other.samples(0).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("packed", [True, False])
+def test_fm18_ranks_share_a_step_and_change_nothing_of_it(world_size: int, packed: bool) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 60, 40).astype(np.int32)
+    packing = Packing(packed, 2, 64, Prefixes(np.zeros(40, np.int32), np.array([5], np.int32)))
+    for samples in (list(range(40)), [3], [1, 2, 3, 4, 5]):
+        if packed:
+            rows = plan_rows(samples, lengths, packing, world_size)
+            held = [[sample for row in own for sample in row.samples] for own in rows]
+            assert len({len(own) for own in rows}) == 1, "sharded layers are gathered by all ranks together"
+        else:
+            batches = plan_batches(samples, lengths, packing, world_size)
+            held = [[sample for batch in own for sample in batch] for own in batches]
+            assert len({len(own) for own in batches}) == 1
+        assert sorted(sample for own in held for sample in own) == samples
+
+
+def test_ranks_get_nearly_equal_work() -> None:
+    lengths = np.random.default_rng(0).integers(60, 400, 64).astype(float)
+    costs = sample_costs(lengths)
+    shares = split_over_ranks(list(range(64)), costs, 4)
+    loads = [costs[share].sum() for share in shares]
+    assert max(loads) / (sum(loads) / 4) < 1.05
+
+
+def test_rows_hold_their_capacity_and_every_sample() -> None:
+    lengths = np.random.default_rng(1).integers(1, 200, 300).astype(np.int32)
+    rows = pack_rows(range(300), lengths, no_prefixes(300), 256)
+    assert sorted(sample for row in rows for sample in row.samples) == list(range(300))
+    assert all(row.num_tokens == lengths[row.samples].sum() <= 256 for row in rows)
+
+
+def test_a_sample_longer_than_a_row_stands_alone() -> None:
+    rows = pack_rows([0, 1, 2], np.array([300, 10, 20], np.int32), no_prefixes(3), 64)
+    assert sorted(row.samples for row in rows) == [[0], [1, 2]]
+
+
+def test_a_shared_prefix_is_counted_once_a_group() -> None:
+    prefixes = Prefixes(np.array([0, 0, 0, -1], np.int32), np.array([10], np.int32))
+    (row,) = pack_rows([0, 1, 2, 3], np.array([15, 16, 17, 5], np.int32), prefixes, 64)
+    assert isinstance(row, PackedRow)
+    assert row.num_tokens == 10 + 5 + 6 + 7 + 5
+    assert {(group.prefix_len, group.samples) for group in row.groups} == {(10, (2, 1, 0)), (0, (3,))}
+
+
+def test_packing_fills_rows_and_takes_no_time() -> None:
+    """Lengths like instruction data: log-normal around 150 tokens."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.0, 0.5, 50_000), 20, 2048).astype(np.int32)
+    start = time.process_time()
+    bins = best_fit_decreasing(lengths.tolist(), 2048)
+    seconds = time.process_time() - start
+    assert seconds < 2.0
+    assert lengths.sum() / (2048 * len(bins)) > 0.97
