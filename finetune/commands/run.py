@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say, stdout
+from finetune.console import progress_bar, say, stdout
 from finetune.distributed import is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError
 from finetune.files import sole_owner, write_atomic
@@ -162,7 +162,16 @@ class _Measure:
         metrics: dict[str, float] = {}
         section = self._job.recipe.evaluation
         if self._rows:
-            result = evaluate_task(module.model, self._job.tokenizer, self._job.template, self._rows, section)
+            what = "the bare base" if when == "before" else "the trained adapter"
+            with progress_bar(f"measuring {what}: completions", len(self._rows)) as bar:
+                result = evaluate_task(
+                    module.model,
+                    self._job.tokenizer,
+                    self._job.template,
+                    self._rows,
+                    section,
+                    on_batch=bar.advance,
+                )
             metrics.update(result.metrics)
         if self._tokens is not None and "perplexity" in section.metrics:
             placement = self._job.placement

@@ -63,7 +63,8 @@ def export_gguf_lora(job: Job, type_name: str) -> list[str]:
     recipe, source = _base(job)
     path = job.path(f"{job.name}-lora-{type_name}.gguf")
     write_lora(job.source, load_config(recipe.model, source), path, type_name, job.name)
-    base = _quote(Path(recipe.model.name)) if recipe.model.name.endswith(".gguf") else "BASE.gguf"
+    name = recipe.model.name.removeprefix("package://").rpartition("/")[2]
+    base = shlex.quote(name) if name.endswith(".gguf") else "BASE.gguf"
     return [f"wrote     {path}", f"start     llama-server --jinja -m {base} --lora {_quote(path)}"]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
 from finetune.console import say
@@ -17,6 +16,7 @@ from finetune.data.dataset import TokenDataset
 from finetune.data.packing import find_prefixes, no_prefixes
 from finetune.data.prepare import PreparedData, prepare_data
 from finetune.data.template import ChatTemplate, load_template
+from finetune.distributed import global_rank
 from finetune.errors import PreemptedError
 from finetune.files import new_directory, replace_directory
 from finetune.models.adapters import save_adapter, token_indices
@@ -101,6 +101,10 @@ def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook,
     steps = job.steps_of(job.data.train, rank=trainer.global_rank, world_size=placement.world_size)
     steps.first_step = checkpoint.step if checkpoint else 0
     trainer.fit(module, _build_loader(steps, recipe, placement))
+    if len(steps) == 0:
+        # Killed between the last checkpoint and the adapter: Lightning runs no hooks around an empty loader.
+        flow.on_train_start(trainer, module)
+        flow.on_train_end(trainer, module)
     if state.stop_reason not in (None, "early_stopping"):
         assert writer.last is not None or not trainer.is_global_zero
         raise PreemptedError(
@@ -116,8 +120,6 @@ class _Flow(L.Callback):
     def __init__(
         self, job: Job, run: RunDir, checkpoint: Checkpoint | None, state: RunState, before: Hook, after: Hook
     ) -> None:
-        from finetune.distributed import global_rank
-
         self._job, self._run, self._checkpoint, self._state = job, run, checkpoint, state
         self._before, self._after = before, after
         self.rank = global_rank()
@@ -196,11 +198,6 @@ def _choose_packing(recipe: Recipe, train: TokenDataset, *, can_isolate: bool) -
 
 def _without_prefixes(packing: Packing, num_samples: int) -> Packing:
     return Packing(packing.packed, packing.micro_batch_size, packing.max_tokens, no_prefixes(num_samples))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed what is not derived step by step."""
-    torch.manual_seed(seed)
 
 
 def resolve_run(recipe: Recipe) -> RunDir:

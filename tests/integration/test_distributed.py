@@ -1,0 +1,152 @@
+"""Several processes give what one gives: real processes, gloo, through the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.models.adapters import WEIGHTS_NAME
+from finetune.run_dir import RunDir
+from finetune.training.metrics import read_metrics
+from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a recipe over a tiny model of an architecture; its run directory is the recipe's folder / runs / name."""
+    folder = tmp_path_factory.mktemp("distributed")
+    rows = write_jsonl(folder / "rows.jsonl", alpaca_rows(24))
+    models: dict[str, Path] = {}
+
+    def write(name: str, architecture: str, quantization: str = "none", **sections: Any) -> Path:
+        if architecture not in models:
+            models[architecture] = write_model(folder / architecture, architecture)
+        model = models[architecture]
+        recipe = tiny_recipe(
+            folder,
+            model,
+            rows,
+            name=name,
+            model={"name": str(model), "quantization": quantization},
+            **{"checkpoint": {"every_steps": 1, "keep_last": 9}, **sections},
+        )
+        return write_recipe(folder / f"{name}.yaml", recipe)
+
+    return write
+
+
+def launch(recipe: Path, processes: int, *overrides: str, expect: int = 0) -> RunDir:
+    """Run a recipe in several processes, by torchrun."""
+    command = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    arguments = [*command, "-m", "finetune", "run", str(recipe), *overrides]
+    done = subprocess.run(arguments, env=ENVIRONMENT, timeout=280, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return RunDir(recipe.parent / "runs" / recipe.stem)
+
+
+def distance(left: RunDir, right: RunDir) -> float:
+    """Relative distance of two final adapters from each other; they hold the same tensors."""
+    adapters = [load_file(run.adapter / WEIGHTS_NAME) for run in (left, right)]
+    assert adapters[0].keys() == adapters[1].keys()
+    flat = [torch.cat([adapter[name].flatten() for name in sorted(adapter)]) for adapter in adapters]
+    return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
+
+
+def losses(run: RunDir) -> list[float]:
+    return [float(row["loss"] or 0.0) for row in read_metrics(run.metrics)]
+
+
+CASES = [
+    ("ddp", "llama", "none", 2, {}),
+    ("fsdp", "llama", "nf4", 2, {"training": {"gradient_checkpointing": True}}),
+    ("fsdp", "falcon", "none", 2, {"data": {"packing": "isolated", "max_tokens": 200}}),
+    ("fsdp", "llama", "none", 4, {"adapter": {"modules_to_save": ["lm_head"]}}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "architecture", "quantization", "processes", "sections"), CASES)
+def test_fm01_fm23_fm24_processes_change_nothing(
+    tiny: Callable[..., Path],
+    strategy: str,
+    architecture: str,
+    quantization: str,
+    processes: int,
+    sections: dict[str, Any],
+) -> None:
+    # SGD-like steps: with Adam a gradient near zero may turn its sign by rounding and the step with it.
+    sections = {**sections, "training": {"optimizer": {"lr": 1e-3, "eps": 1.0}, **sections.get("training", {})}}
+    one = launch(tiny(f"one_{strategy}_{architecture}_{processes}", architecture, quantization, **sections), 1)
+    recipe = tiny(f"several_{strategy}_{architecture}_{processes}", architecture, quantization, **sections)
+    several = launch(recipe, processes, f"distributed.strategy={strategy}")
+    tolerance = 1e-5 if quantization == "none" else 1e-2
+    assert losses(several) == pytest.approx(losses(one), rel=tolerance)
+    assert distance(one, several) < tolerance
+
+
+def test_fm18_a_run_goes_on_with_another_number_of_processes(tiny: Callable[..., Path]) -> None:
+    """1 process, then 2, then 4: each sample where the uninterrupted run has it, so the losses agree."""
+    sections = {"training": {"max_steps": 6, "optimizer": {"lr": 1e-3, "eps": 1.0}}}
+    whole = launch(tiny("elastic_whole", "llama", **sections), 1)
+    recipe = tiny("elastic", "llama", **sections)
+    run = launch(recipe, 1)
+    for processes, step in ((2, 2), (4, 4)):
+        for path in run.checkpoints.iterdir():
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
+        shutil.rmtree(run.adapter)
+        launch(recipe, processes, "distributed.strategy=ddp")
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+    assert distance(whole, run) < 1e-5
+
+
+def test_our_own_launcher_starts_the_other_processes(tiny: Callable[..., Path]) -> None:
+    run = launch(tiny("launcher", "llama"), 1, "distributed.strategy=fsdp", "distributed.devices=2")
+    assert len(losses(run)) == 4
+
+
+def test_two_nodes_are_two_agents(tiny: Callable[..., Path]) -> None:
+    recipe = tiny("nodes", "llama")
+    command = [
+        *[sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"],
+        *["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29611", "--rdzv-id=nodes"],
+        *["-m", "finetune", "run", str(recipe), "distributed.strategy=fsdp"],
+    ]
+    agents = [
+        subprocess.Popen([*command[:3], f"--node-rank={rank}", *command[3:]], env=ENVIRONMENT, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    endings = [(agent.wait(timeout=280), agent.communicate()[1]) for agent in agents]
+    assert [code for code, _ in endings] == [0, 0], endings
+    assert len(losses(RunDir(recipe.parent / "runs" / "nodes"))) == 4
+
+
+def test_a_rank_that_dies_ends_the_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Rank 1 raises in its second step: every process is gone within a minute and its traceback is shown."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import finetune.training.module as module\n"
+        "    step = module.FinetuneModule.training_step\n"
+        "    def broken(self, batch, index):\n"
+        "        if self.step == 1: raise RuntimeError('rank one broke')\n"
+        "        return step(self, batch, index)\n"
+        "    module.FinetuneModule.training_step = broken\n"
+    )
+    recipe = tiny("dies", "llama")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [*TORCHRUN, "2", "-m", "finetune", "run", str(recipe), "distributed.strategy=ddp"]
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "rank one broke" in done.stderr
