@@ -1,7 +1,7 @@
 """Writes the README's table of recipe keys from the schema.
 
-    python docs/make_recipe_table.py            # rewrite the table in README.md
-    python docs/make_recipe_table.py --check    # exit 1 if it is not what the schema says
+python docs/make_recipe_table.py            # rewrite the table in README.md
+python docs/make_recipe_table.py --check    # exit 1 if it is not what the schema says
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import progress_bar, say, stdout
+from finetune.console import progress_bar, say, stdout, warn
 from finetune.distributed import is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError
 from finetune.files import sole_owner, write_atomic
@@ -118,7 +118,11 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, 
         if is_rank_zero():
             _record_training(run_dir, job, state)
     if is_rank_zero():
-        write_report(run_dir)
+        try:
+            write_report(run_dir)
+        except Exception as error:
+            # The run is done and saved: a page about it must not make it look failed.
+            warn(f"report.html was not written: {error!r}")
         _summarize(run_dir)
         if recipe.hub.push:
             say(f"pushed to {push_recipe(recipe.hub, run_dir.root).url}")

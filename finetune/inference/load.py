@@ -12,7 +12,7 @@ import torch
 from finetune.data.template import ChatTemplate, load_template
 from finetune.errors import ModelError
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, attach_adapter, load_adapter, token_indices
-from finetune.models.load import load_base, load_tokenizer
+from finetune.models.load import fit_vocabulary, load_base, load_tokenizer
 from finetune.models.sources import find_model
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
@@ -63,8 +63,7 @@ def load_run(path: Path, *, base_only: bool = False) -> LoadedRun:
     if base_only:
         return LoadedRun(model, tokenizer, template, recipe, None)
     assert adapter is not None
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+    fit_vocabulary(model, tokenizer, seed=recipe.training.seed)
     model = attach_adapter(model, recipe.adapter, tokenizer, seed=recipe.training.seed)
     load_adapter(model, adapter)
     return LoadedRun(model, tokenizer, template, recipe, adapter)

@@ -23,7 +23,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, eps: float):  # type: ignore[no-untyped-def]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_at_least_fp32(x))
         rstd = torch.rsqrt(norm.square().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).to(x.dtype).mul_(weight)
@@ -31,10 +31,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, weight, rstd = ctx.saved_tensors
-        scaled = (dy * weight).float()
+        scaled = (dy * weight).to(_at_least_fp32(x))
         normal = x * rstd
         mean = (scaled * normal).mean(-1, keepdim=True)
         return scaled.addcmul_(normal, mean, value=-1).mul_(rstd).to(x.dtype), None, None
+
+
+def _at_least_fp32(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -129,6 +129,17 @@ def load_base(
     return loaded
 
 
+def fit_vocabulary(base: Any, tokenizer: Any, *, seed: int) -> None:
+    """Give `base` a row for every token of `tokenizer`; rows are never removed.
+
+    New rows are drawn around the mean of the old ones: from `seed`, so that a resumed or reloaded run has the same.
+    """
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            base.resize_token_embeddings(len(tokenizer))
+
+
 def _use_plain_linears() -> None:
     """Let Falcon build torch's Linear: only that exact class is quantized, and its own has the same forward."""
     from transformers.models.falcon import modeling_falcon

@@ -20,7 +20,7 @@ from finetune.run_dir import cache_dir
 
 PACKAGE_SCHEME = "package://"
 # Part of the key of a converted model: raise it when the conversion changes.
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
     except Exception as error:
         raise ModelError(f"model.name: {path} cannot be read as a GGUF model: {error}") from error
+    _split_digits(tokenizer, path)
     # The loader marks the model as quantized, and save_pretrained refuses such a model; its weights are plain by now.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -163,3 +164,20 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "source.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256_file(path)}))
+
+
+def _split_digits(tokenizer: Any, path: Path) -> None:
+    """Cut numbers into digits where the file's tokenizer does: transformers reads every byte-level one as GPT-2's.
+
+    Source: llama.cpp, src/llama-vocab.cpp, the pre-tokenizers that begin with `\\p{N}`.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    kind = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if kind is None or kind.contents() not in ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"):
+        return
+    rust = tokenizer.backend_tokenizer
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )

@@ -73,7 +73,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / raw)))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def value_axis(values: Sequence[float], *, from_zero: bool, about: int = 4) -> Axis:

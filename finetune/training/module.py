@@ -19,7 +19,7 @@ from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
 from finetune.models.heads import check_head, decoder_of, head_logits
-from finetune.models.load import load_base
+from finetune.models.load import fit_vocabulary, load_base
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
@@ -100,8 +100,7 @@ class FinetuneModule(L.LightningModule):
             device="cpu" if self.placement.sharded else device,
             shardable=self.placement.sharded,
         )
-        if len(self.tokenizer) > base.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
-            base.resize_token_embeddings(len(self.tokenizer))  # type: ignore[operator]
+        fit_vocabulary(base, self.tokenizer, seed=recipe.training.seed)
         check_head(base, self.source.name)
         if recipe.training.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -40,7 +40,8 @@ def test_fused_equals_peft(architecture: str) -> None:
     count = fuse(model)
     assert count.lora > 0 and count.left_to_peft == 0
     for left, right in zip(loss_and_gradients(model), want, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-9)
+        # transformers computes its norms in fp32 whatever the input.
+        assert (left - right).norm() <= 2e-5 * right.norm()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
