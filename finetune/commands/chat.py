@@ -40,10 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer every line of standard input until it ends."""
     _check(arguments)
 
-    from finetune.machine import keep_freed_memory
+    from finetune.machine import limit_kernel_cache
     from finetune.models.load import quiet_libraries
 
-    keep_freed_memory()
+    limit_kernel_cache()
     # Ahead of the imports below: bitsandbytes gives advice while it is imported.
     quiet_libraries()
     from finetune.inference.load import load_run

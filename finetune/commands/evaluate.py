@@ -49,10 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = [task.strip() for task in (arguments.lm_eval or "").split(",") if task.strip()]
     if arguments.lm_eval is not None:
         _require_lm_eval(tasks)
-    from finetune.machine import keep_freed_memory
+    from finetune.machine import limit_kernel_cache
     from finetune.models.load import quiet_libraries
 
-    keep_freed_memory()
+    limit_kernel_cache()
     quiet_libraries()
     merged = _merged_folder(arguments.run, arguments.merged)
     measure = _LmEval(tasks, arguments.rows) if tasks else _Task(arguments.rows)

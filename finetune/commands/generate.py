@@ -44,10 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise BadInputError("nothing to complete; give --prompt TEXT or --file FILE")
 
-    from finetune.machine import keep_freed_memory
+    from finetune.machine import limit_kernel_cache
     from finetune.models.load import quiet_libraries
 
-    keep_freed_memory()
+    limit_kernel_cache()
     # Ahead of the imports below: bitsandbytes gives advice while it is imported.
     quiet_libraries()
     from finetune.inference.load import load_run

@@ -50,10 +50,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge, check, and say where the model is."""
-    from finetune.machine import keep_freed_memory
+    from finetune.machine import limit_kernel_cache
     from finetune.models.load import quiet_libraries
 
-    keep_freed_memory()
+    limit_kernel_cache()
     quiet_libraries()
     folder = merge_run(arguments.run, base=arguments.base, dtype=arguments.dtype, out=arguments.out)
     stdout.print(f"merged    {folder}", markup=False)

@@ -8,13 +8,20 @@ import math
 import signal
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import progress_bar, say, stdout, warn
 from finetune.distributed import is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError
 from finetune.files import sole_owner, write_atomic
-from finetune.machine import describe_machine, keep_freed_memory, library_versions, peak_memory_bytes
+from finetune.machine import (
+    describe_machine,
+    library_versions,
+    limit_kernel_cache,
+    peak_memory_bytes,
+    release_freed_memory,
+)
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.shipped import find_recipe
 from finetune.run_dir import RunDir
@@ -34,6 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "recipe", help="a recipe's file, the name of a shipped one, an adapter's directory, or hf://ORG/NAME"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
+    parser.add_argument("--resume", metavar="CHECKPOINT", type=Path, help="continue from this checkpoint")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="continue although the recipe, data or base has changed"
+    )
     parser.add_argument("--fresh", action="store_true", help="put earlier work of this run aside and start anew")
 
 
@@ -42,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe, provenance = _read_recipe(arguments)
     # Until training starts there is nothing to save: end like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    keep_freed_memory()
+    limit_kernel_cache()
 
     from finetune.models.load import quiet_libraries
 
@@ -56,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             _own(run_dir, stack)
             if arguments.fresh:
                 _put_aside(run_dir)
-        return _run_recipe(recipe, run_dir, provenance, arguments.overrides)
+        return _run_recipe(recipe, run_dir, provenance, arguments)
 
 
 def _read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, Provenance | None]:
@@ -91,24 +102,29 @@ def _put_aside(run_dir: RunDir) -> None:
     say(f"earlier work put aside in {aside}")
 
 
-def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, overrides: list[str]) -> int:
+def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, arguments: argparse.Namespace) -> int:
     from finetune.export.hub_provenance import check_fingerprints
     from finetune.export.hub_publish import check_push, push_recipe
     from finetune.report.html import write_report
-    from finetune.training.checkpoint import newest_checkpoint
+    from finetune.training.resume import find_checkpoint, put_later_aside
     from finetune.training.train import job_fingerprints, prepare_job, train
 
     if recipe.hub.push and is_rank_zero():
         check_push(recipe.hub, run_dir.root)
     job = prepare_job(recipe)
+    fingerprints = job_fingerprints(job)
+    if provenance is not None and is_rank_zero():
+        check_fingerprints(provenance, fingerprints, arguments.overrides)
+    checkpoint = find_checkpoint(
+        run_dir, arguments.resume, dump_recipe(recipe), fingerprints, accept_changes=arguments.accept_changes
+    )
     if is_rank_zero():
-        if provenance is not None:
-            check_fingerprints(provenance, job_fingerprints(job), overrides)
         write_atomic(run_dir.recipe, dump_recipe(recipe))
         job.data.ledger.write(run_dir)
+        if arguments.resume is not None and checkpoint is not None:
+            put_later_aside(run_dir, checkpoint)
     for line in job.data.ledger.summary_lines():
         say(line)
-    checkpoint = newest_checkpoint(run_dir.checkpoints)
     _say_plan(job, checkpoint)
     measure = _Measure(job, run_dir)
     if checkpoint is not None and checkpoint.step >= job.plan.num_steps and run_dir.adapter.is_dir():
@@ -181,6 +197,7 @@ class _Measure:
             placement = self._job.placement
             steps = self._job.steps_of(self._tokens, rank=module.global_rank, world_size=placement.world_size)
             metrics["perplexity"] = math.exp(min(mean_loss(module, steps), 80.0))
+        release_freed_memory()
         if module.global_rank == 0:
             _record(self._run_dir, when, metrics, result)
 

@@ -114,7 +114,7 @@ class DataSection(Section):
 
     sources: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="One or several sources.")
     template: str = Field(
-        "auto", description="auto: the tokenizer's own chat template; else alpaca, chatml, or a .jinja file."
+        "auto", description="auto: the tokenizer's own chat template; else alpaca, chatml, plain, or a .jinja file."
     )
     system: str | None = Field(None, description="System prompt for rows that carry none.")
     train_on: Literal["last_assistant", "all_assistant", "everything"] = Field(
@@ -127,7 +127,8 @@ class DataSection(Section):
     packing: Literal["auto", "none", "isolated", "shared_prefix"] = Field(
         "auto",
         description="Rows of several samples that cannot see each other; shared_prefix also computes a "
-        "common beginning once. auto: shared_prefix where the data gains from it, else isolated.",
+        "common beginning once. auto: shared_prefix where the data gains from it, else isolated; none where a model "
+        "cannot isolate.",
     )
     max_tokens: PositiveInt | None = Field(
         None, description="Tokens of a packed row; default micro_batch_size x max_seq_len."
@@ -144,7 +145,7 @@ class OptimizerSection(Section):
     """The optimizer of the trainable parameters."""
 
     name: Literal["adamw", "paged_adamw_8bit", "lion", "paged_lion_8bit", "adafactor"] = Field(
-        "adamw", description="adamw is fused; the others come from bitsandbytes and transformers."
+        "adamw", description="adamw is fused, adafactor is torch's, the others are bitsandbytes'."
     )
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
@@ -174,13 +175,12 @@ class TrainingSection(Section):
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer.")
     schedule: ScheduleSection = Field(ScheduleSection(), description="The learning-rate schedule.")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Clip gradients to this norm.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third slower.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Order, initial adapter and dropout follow from it.")
-    compile: bool = Field(False, description="Compile one decoder layer with torch.compile.")
-    on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")
-    on_out_of_memory: Literal["stop", "halve"] = Field(
-        "stop", description="halve: split micro-batches in two and go on; the result does not change."
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
     )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Order, initial adapter and dropout follow from it.")
+    compile: bool = Field(False, description="Compile the decoder layers, each for itself, with torch.compile.")
+    on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")
     num_workers: Annotated[int, Field(ge=0)] = Field(0, description="Processes that assemble batches.")
 
 
@@ -204,7 +204,7 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept.")
     keep_best: Annotated[int, Field(ge=0)] = Field(1, description="Best by validation loss, kept besides.")
     grace_seconds: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="Time to finish the step and save after SIGTERM."
+        30.0, description="Time to finish the step after a signal; then the run ends with its last checkpoint."
     )
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from finetune.console import console, say
 from finetune.data.dataset import TokenDataset
-from finetune.errors import FinetuneError
+from finetune.errors import EXIT_PREEMPTED, FinetuneError
 from finetune.machine import peak_memory_bytes
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
@@ -280,8 +280,9 @@ class Preemption(L.Callback):
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self, state: RunState) -> None:
+    def __init__(self, state: RunState, grace_seconds: float) -> None:
         self._state = state
+        self._grace_seconds = grace_seconds
         self._previous: dict[int, Any] = {}
         self._received: str | None = None
 
@@ -294,6 +295,9 @@ class Preemption(L.Callback):
         if self._received is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self._received = signal.Signals(number).name
+        # A step that outlasts the grace is given up: the last checkpoint is whole whatever happens.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(EXIT_PREEMPTED))
+        signal.setitimer(signal.ITIMER_REAL, self._grace_seconds)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: FinetuneModule, *_: Any) -> None:  # type: ignore[override]
         """Stop if any rank was asked to: the votes are counted on every step, so that all stop at the same one."""
@@ -314,6 +318,7 @@ class Preemption(L.Callback):
         self._restore()
 
     def _restore(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

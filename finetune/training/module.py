@@ -12,9 +12,11 @@ from peft import PeftModel
 
 from finetune.console import say
 from finetune.data.batches import MicroBatch
+from finetune.errors import FinetuneError
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
+from finetune.machine import peak_memory_bytes
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
@@ -148,10 +150,7 @@ class FinetuneModule(L.LightningModule):
         for index, micro in enumerate(batch.micro_batches):
             if self.recipe.adapter.dropout > 0:
                 seed_micro_step(training.seed, self.step, index, self.global_rank)
-            with packed_row(micro.layout):
-                loss = self.loss_model(micro) / max(1, batch.num_supervised)
-                self.manual_backward(loss)
-            micro_losses.append(loss.detach())
+            micro_losses.append(self._forward_backward(micro, batch.num_supervised))
         total = torch.stack(micro_losses).sum()
         if self.placement.world_size > 1:
             dist.all_reduce(total)
@@ -165,6 +164,18 @@ class FinetuneModule(L.LightningModule):
         self.gradients.zero()
         self.step += 1
 
+    def _forward_backward(self, micro: MicroBatch, num_supervised: int) -> torch.Tensor:
+        """Add one micro-batch's gradients; its part of the step's loss, detached."""
+        try:
+            with packed_row(micro.layout):
+                loss: torch.Tensor = self.loss_model(micro) / max(1, num_supervised)
+                self.manual_backward(loss)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise FinetuneError(out_of_memory_message(self.step + 1, micro)) from error
+            raise
+        return loss.detach()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure and clip: here a loss scaler has unscaled the gradients already."""
         assert self.last is not None
@@ -175,6 +186,18 @@ class FinetuneModule(L.LightningModule):
     def _is_finite(self) -> bool:
         assert self.last is not None
         return bool(torch.isfinite(self.last.loss) & torch.isfinite(self.gradients.norm()))
+
+
+def out_of_memory_message(step: int, micro: MicroBatch) -> str:
+    """What filled the memory and which keys make it less; the result of a run depends on none of them."""
+    rows, tokens = micro.input_ids.shape
+    return (
+        f"step {step}: out of memory after {peak_memory_bytes() / 1e9:.1f} GB, at a forward pass of {rows} x {tokens} "
+        f"tokens, {len(micro.targets)} of them supervised.\n"
+        "  Cheapest first: a smaller training.micro_batch_size (or data.max_tokens), "
+        "training.gradient_checkpointing: true, model.quantization: nf4, distributed.strategy: fsdp.\n"
+        "  None of them changes the result; the last checkpoint is untouched, and the same command continues from it."
+    )
 
 
 def decoder_layers(model: PeftModel) -> torch.nn.ModuleList:

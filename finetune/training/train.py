@@ -93,7 +93,7 @@ def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook,
     recipe_text = dump_recipe(recipe)
     writer = CheckpointWriter(recipe, recipe_text, run, state, job_fingerprints(job), guard)
     meter = Meter(recipe, run, state, job.plan, job.data.train.lengths)
-    callbacks: list[L.Callback] = [flow, guard, Preemption(state), meter, writer]
+    callbacks: list[L.Callback] = [flow, guard, Preemption(state, recipe.checkpoint.grace_seconds), meter, writer]
     if job.data.validation is not None and recipe.evaluation.every_steps is not None:
         held_out = job.steps_of(job.data.validation, rank=flow.rank, world_size=placement.world_size)
         callbacks.insert(3, Validation(recipe, run, state, held_out, job.template.stop_token_ids))

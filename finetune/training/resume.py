@@ -1,0 +1,123 @@
+"""Continuing a run: which checkpoint, and whether the recipe, data and base are still those it was made with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.console import say, warn
+from finetune.errors import BadInputError
+from finetune.run_dir import RunDir
+from finetune.training.checkpoint import (
+    FINGERPRINTS,
+    RECIPE,
+    Checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    open_checkpoint,
+)
+
+# Keys (or sections) that change speed, cadence or place, never what is learned.
+HARMLESS = (
+    "name",
+    "output_dir",
+    "logging",
+    "checkpoint",
+    "distributed",
+    "evaluation",
+    "merge",
+    "hub",
+    "model.attention",
+    "data.packing",
+    "data.max_tokens",
+    "data.num_workers",
+    "data.max_rejected_share",
+    "data.max_over_length_share",
+    "training.micro_batch_size",
+    "training.gradient_checkpointing",
+    "training.compile",
+    "training.num_workers",
+    "training.on_non_finite",
+)
+
+
+def find_checkpoint(
+    run: RunDir, chosen: Path | None, recipe_text: str, fingerprints: dict[str, Any], *, accept_changes: bool
+) -> Checkpoint | None:
+    """The checkpoint to continue from: `chosen`, else the newest whole one; None for a fresh run.
+
+    Raises:
+        BadInputError: if `chosen` is not whole, or what shapes the result has changed and that is not accepted.
+    """
+    checkpoint = newest_checkpoint(run.checkpoints) if chosen is None else open_checkpoint(chosen)
+    if checkpoint is None:
+        return None
+    changes = changed_keys((checkpoint.path / RECIPE).read_text(), recipe_text)
+    changes += _changed_fingerprints(json.loads((checkpoint.path / FINGERPRINTS).read_text()), fingerprints)
+    serious = [change for change in changes if not _is_harmless(change.split(":")[0])]
+    if serious and not accept_changes:
+        raise BadInputError(
+            f"{checkpoint.path} was made with other settings, which change the result:\n  "
+            + "\n  ".join(serious)
+            + "\n  Put them back, go on with them by --accept-changes, or start anew by --fresh."
+        )
+    for change in changes:
+        (warn if change in serious else say)(f"changed since step {checkpoint.step}: {change}")
+    return checkpoint
+
+
+def put_later_aside(run: RunDir, checkpoint: Checkpoint) -> None:
+    """Move checkpoints behind `checkpoint` to `checkpoints-aside/`: the run goes another way from here."""
+    for path in list_checkpoints(run.checkpoints):
+        if int(path.name.removeprefix("step-")) > checkpoint.step:
+            aside = run.root / "checkpoints-aside"
+            aside.mkdir(exist_ok=True)
+            target = aside / path.name
+            number = 1
+            while target.exists():
+                number += 1
+                target = aside / f"{path.name}.{number}"
+            path.rename(target)
+            say(f"{path.name} put aside in {aside}")
+
+
+def changed_keys(old: str, new: str) -> list[str]:
+    """`key: old value -> new value` of two resolved recipes; keys that only one of them knows are left out."""
+    before, after = _flatten(yaml.safe_load(old)), _flatten(yaml.safe_load(new))
+    return [f"{key}: {before[key]} -> {after[key]}" for key in before if key in after and before[key] != after[key]] + [
+        f"{key}: {'added' if key in after else 'removed'}" for key in before.keys() ^ after.keys() if _is_listed(key)
+    ]
+
+
+def _is_listed(key: str) -> bool:
+    """Whether a key that only one recipe has is a list's item rather than a key of another version."""
+    return any(part.isdigit() for part in key.split("."))
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and value:
+        items = dict(enumerate(value)).items()
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _is_harmless(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+
+
+def _changed_fingerprints(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    changes = []
+    if old["base"]["sha256"] != new["base"]["sha256"]:
+        changes.append(f"the base model {new['base']['name']}: its files are others than at the checkpoint")
+    if old["data"]["train"] != new["data"]["train"]:
+        changes.append("the training data: its samples are others than at the checkpoint")
+    return changes

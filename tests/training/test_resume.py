@@ -1,0 +1,105 @@
+"""A run goes on only with what it began with, unless the user says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.training.metrics import read_metrics
+from finetune.training.resume import changed_keys
+from tests.tiny import alpaca_rows, write_jsonl
+from tests.training.conftest import RunTiny
+from tests.training.test_checkpoint import EVERY_STEP, interrupt_after
+
+SERIOUS: dict[str, dict[str, Any]] = {
+    "training.seed: 0 -> 1": {"training": {"seed": 1}},
+    "training.optimizer.lr: 0.01 -> 0.02": {"training": {"optimizer": {"lr": 0.02}}},
+    "training.global_batch_size: 8 -> 4": {"training": {"global_batch_size": 4}},
+    "adapter.rank: 4 -> 2": {"adapter": {"rank": 2}},
+    "data.train_on: all_assistant -> everything": {"data": {"train_on": "everything"}},
+}
+HARMLESS: dict[str, dict[str, Any]] = {
+    "logging": {"logging": {"every_steps": 2}},
+    "cadence": {"checkpoint": {"every_steps": 2, "keep_last": 9}},
+    "micro-batch": {"training": {"micro_batch_size": 4}},
+    "packing": {"data": {"packing": "none"}},
+}
+
+
+@pytest.mark.parametrize("change", SERIOUS)
+def test_a_change_that_matters_is_refused(change: str, run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    interrupt_after(run, 2)
+    capsys.readouterr()
+    run_tiny(expect=2, checkpoint=EVERY_STEP, **SERIOUS[change])
+    message = capsys.readouterr().err
+    assert change in message and "--accept-changes" in message and "--fresh" in message
+    assert not run.adapter.exists()
+
+
+def test_an_accepted_change_goes_on(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    interrupt_after(run, 2)
+    run_tiny(arguments=("--accept-changes",), checkpoint=EVERY_STEP, training={"optimizer": {"lr": 0.02}})
+    assert "changed since step 2: training.optimizer.lr: 0.01 -> 0.02" in capsys.readouterr().err
+    assert run.adapter.is_dir()
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_change_goes_on(name: str, run_tiny: RunTiny) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    interrupt_after(run, 2)
+    run_tiny(**{"checkpoint": EVERY_STEP, **HARMLESS[name]})
+    assert run.adapter.is_dir()
+
+
+def test_changed_data_is_refused(run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "own.jsonl", alpaca_rows(24))
+    data = {"sources": [{"path": str(path)}]}
+    run = run_tiny(checkpoint=EVERY_STEP, data=data)
+    interrupt_after(run, 2)
+    write_jsonl(path, alpaca_rows(24, seed=9))
+    run_tiny(expect=2, checkpoint=EVERY_STEP, data=data)
+    assert "the training data: its samples are others" in capsys.readouterr().err
+
+
+def test_a_base_that_changed_under_its_name_is_refused(
+    run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.tiny import write_model
+
+    model = {"name": str(write_model(tmp_path / "own", "llama"))}
+    run = run_tiny(checkpoint=EVERY_STEP, model=model)
+    interrupt_after(run, 2)
+    write_model(tmp_path / "own", "llama", seed=1)
+    run_tiny(expect=2, checkpoint=EVERY_STEP, model=model)
+    assert "the base model" in capsys.readouterr().err
+
+
+def test_resume_takes_the_chosen_checkpoint_and_keeps_the_later_ones(run_tiny: RunTiny) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    whole = [row["loss"] for row in read_metrics(run.metrics)]
+    chosen = run.checkpoints / "step-000002"
+    run_tiny(arguments=("--resume", str(chosen)), checkpoint=EVERY_STEP)
+    assert [row["loss"] for row in read_metrics(run.metrics)] == whole
+    aside = run.root / "checkpoints-aside"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_run_killed_before_its_adapter_was_written_is_finished(run_tiny: RunTiny) -> None:
+    import shutil
+
+    run = run_tiny(checkpoint=EVERY_STEP)
+    want = (run.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.adapter)
+    run_tiny(checkpoint=EVERY_STEP)
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == want
+
+
+def test_keys_of_another_version_are_no_change() -> None:
+    make: Callable[[str], str] = "a:\n  b: 1\n{}".format
+    assert changed_keys(make(""), make("c: 5\n")) == []
+    assert changed_keys("a: [1, 2]\n", "a: [1]\n") == ["a.1: removed"]
