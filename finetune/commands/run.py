@@ -183,7 +183,7 @@ class _Measure:
         section = self._job.recipe.evaluation
         if self._rows:
             what = "the bare base" if when == "before" else "the trained adapter"
-            with progress_bar(f"measuring {what}: completions", len(self._rows)) as bar:
+            with module.gathered(), progress_bar(f"measuring {what}: completions", len(self._rows)) as bar:
                 result = evaluate_task(
                     module.model,
                     self._job.tokenizer,

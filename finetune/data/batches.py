@@ -129,6 +129,13 @@ def padded_batch(dataset: TokenDataset, samples: Sequence[int], pad_id: int) -> 
     )
 
 
+def empty_batch(pad_id: int) -> MicroBatch:
+    """One row of padding: runs through a model and supervises nothing."""
+    none = torch.zeros(0, dtype=torch.int64)
+    ids = torch.full((1, PAD_MULTIPLE), pad_id)
+    return MicroBatch(ids, torch.arange(PAD_MULTIPLE)[None], none, none, None, 0)
+
+
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:
     if not parts:
         return torch.zeros(0, dtype=torch.int64)

@@ -20,6 +20,7 @@ from finetune.machine import peak_memory_bytes
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
 from finetune.training.checkpoint import Checkpoint, prune, take_snapshot, write_checkpoint
+from finetune.training.host_copy import HostCopy
 from finetune.training.metrics import MetricsFile
 from finetune.training.module import FinetuneModule, StepResult
 from finetune.training.steps import StepBatch, StepDataset, StepPlan
@@ -59,7 +60,7 @@ class NonFiniteStop(L.Callback):
 
     def __init__(self, dataset: TokenDataset) -> None:
         self._dataset = dataset
-        self._pending: tuple[torch.Tensor, StepBatch, StepResult] | None = None
+        self._copy: HostCopy[tuple[StepBatch, StepResult]] = HostCopy()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: FinetuneModule, *_: Any) -> None:  # type: ignore[override]
         """Look at this step's values, or on a GPU at the last step's."""
@@ -67,20 +68,15 @@ class NonFiniteStop(L.Callback):
         if module.recipe.training.on_non_finite == "skip":
             return
         values = torch.stack([module.last.loss, module.last.grad_norm])
-        current = (values.to("cpu", non_blocking=True), module.last_batch, module.last)
-        if module.device.type == "cpu":
-            self._check(*current)
-            return
-        self._pending, previous = current, self._pending
-        if previous is not None:
-            self._check(*previous)
+        self._look(self._copy.push(values, (module.last_batch, module.last)))
 
     def check_now(self) -> None:
-        """Wait for what is pending: nothing bad may be saved."""
-        if self._pending is not None:
-            torch.cuda.synchronize()
-            pending, self._pending = self._pending, None
-            self._check(*pending)
+        """Wait for what is under way: nothing bad may be saved."""
+        self._look(self._copy.flush())
+
+    def _look(self, arrived: tuple[torch.Tensor, tuple[StepBatch, StepResult]] | None) -> None:
+        if arrived is not None:
+            self._check(arrived[0], *arrived[1])
 
     def _check(self, values: torch.Tensor, batch: StepBatch, result: StepResult) -> None:
         if torch.isfinite(values).all():
@@ -283,6 +279,7 @@ class Preemption(L.Callback):
     def __init__(self, state: RunState, grace_seconds: float) -> None:
         self._state = state
         self._grace_seconds = grace_seconds
+        self._votes: HostCopy[int] = HostCopy()
         self._previous: dict[int, Any] = {}
         self._received: str | None = None
 
@@ -300,12 +297,15 @@ class Preemption(L.Callback):
         signal.setitimer(signal.ITIMER_REAL, self._grace_seconds)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: FinetuneModule, *_: Any) -> None:  # type: ignore[override]
-        """Stop if any rank was asked to: the votes are counted on every step, so that all stop at the same one."""
-        votes = torch.tensor([float(self._received is not None)])
+        """Stop if any rank was asked to: the votes are counted on every step, so that all stop at the same one.
+
+        On a GPU they are read a step later, so nothing waits for them.
+        """
+        votes = torch.full((1,), float(self._received is not None), device=module.device)
         if module.placement.world_size > 1:
-            votes = votes.to(module.device)
             torch.distributed.all_reduce(votes)
-        if votes.item() > 0 and module.step < module.num_steps:
+        arrived = self._votes.push(votes, module.step)
+        if arrived is not None and arrived[0].item() > 0 and module.step < module.num_steps:
             self._state.stop_reason = self._received or "signal"
             trainer.should_stop = True
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from finetune.console import warn
 from finetune.errors import BadInputError, FinetuneError
@@ -114,9 +115,11 @@ def write_checkpoint(
             (temporary / RECIPE).write_text(recipe_text)
             (temporary / FINGERPRINTS).write_text(json.dumps(fingerprints, indent=2) + "\n")
             (temporary / MANIFEST).write_text(_manifest(temporary, snapshot))
-    except OSError as error:
+    # safetensors and torch.save have errors of their own for a write that failed.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise FinetuneError(
-            f"cannot write the checkpoint {path}: {error.strerror or error}; "
+            f"cannot write the checkpoint {path}: {reason}; "
             "free some space or give the run another output_dir, then run the same command again"
         ) from error
     return Checkpoint(path, snapshot.step)

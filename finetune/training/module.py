@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 
 from finetune.console import say
-from finetune.data.batches import MicroBatch
+from finetune.data.batches import MicroBatch, empty_batch
 from finetune.errors import FinetuneError
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
@@ -116,6 +118,10 @@ class FinetuneModule(L.LightningModule):
             mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
             shard_base(self.loss_model, layers, mesh, cpu_offload=self.placement.cpu_offload)
         self.loss_model.to(device)
+        if self.placement.sharded:
+            # FSDP takes the module that is called first for the root: a layer, if generation came before a step.
+            with torch.no_grad():
+                self.loss_of(empty_batch(self.tokenizer.pad_token_id).to(device))
         if recipe.training.compile:
             for layer in decoder_layers(model):
                 layer.compile()
@@ -126,6 +132,22 @@ class FinetuneModule(L.LightningModule):
         self.gradients = GradientBuffer(parameters)
         training = self.recipe.training
         return build_optimizer(parameters, training.optimizer, scaled=training.precision == "16-mixed")
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within this, the model may be called from outside the training step, generation included, by all ranks alike.
+
+        Under FSDP what is in no layer (embeddings, head) is gathered by `LossModel`'s forward, which others pass by.
+        """
+        if not self.placement.sharded:
+            yield
+            return
+        root: Any = self.loss_model
+        root.unshard()
+        try:
+            yield
+        finally:
+            root.reshard()
 
     def loss_of(self, micro: MicroBatch) -> torch.Tensor:
         """Summed loss of one micro-batch on the device, without gradients."""

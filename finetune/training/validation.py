@@ -58,9 +58,10 @@ def write_samples(
     if not prompts:
         return []
     sampling = Sampling(max_new_tokens=section.max_new_tokens)
-    completions = generate(
-        module.model, module.tokenizer, prompts, stop_token_ids, sampling, batch_size=section.batch_size
-    )
+    with module.gathered():
+        completions = generate(
+            module.model, module.tokenizer, prompts, stop_token_ids, sampling, batch_size=section.batch_size
+        )
     rows = [
         {
             "step": module.step,
