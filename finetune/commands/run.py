@@ -178,6 +178,8 @@ class _Measure:
         from finetune.evaluation.task import evaluate_task
         from finetune.training.validation import mean_loss
 
+        # What training leaves behind would stand beside what generation needs.
+        release_freed_memory()
         result: TaskResult | None = None
         metrics: dict[str, float] = {}
         section = self._job.recipe.evaluation

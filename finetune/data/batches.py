@@ -18,9 +18,9 @@ from finetune.kernels.layout import Group, RowLayout, position_ids
 
 # Matrix units work on tiles: lengths are padded to a multiple of this.
 PAD_MULTIPLE = 8
-# Packed rows come in few lengths, since a kernel is compiled and kept for each: see kernels.attention. 3 % of a
+# Packed rows come in few lengths, since a kernel is compiled and kept for each: see kernels.attention. Under 2 % of a
 # 1,024-token row is padding then.
-ROW_MULTIPLE = 64
+ROW_MULTIPLE = 32
 
 
 @dataclass
@@ -93,7 +93,7 @@ def packed_batch(dataset: TokenDataset, row: PackedRow, pad_id: int) -> MicroBat
             real += len(input_ids)
         layout.append(Group(prefix, tuple(suffix_lens)))
         offset = start
-    num_tokens = round_up(max(offset, 1), ROW_MULTIPLE if offset > 4 * ROW_MULTIPLE else PAD_MULTIPLE)
+    num_tokens = round_up(max(offset, 1), ROW_MULTIPLE if offset > 8 * ROW_MULTIPLE else PAD_MULTIPLE)
     ids.append(np.full(num_tokens - offset, pad_id))
     return MicroBatch(
         input_ids=_int64(ids)[None],

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 # fp32 logits of one chunk. 32 MB stays near the caches of a CPU and is far below a GPU's other needs.
 CHUNK_BYTES = 32 * 2**20
 
+# Tokens of a chunk are padded to a multiple of this.
+CHUNK_STEP = 32
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -58,15 +61,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_params = [torch.zeros_like(param) for param in params]
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden_ND.shape[0], size):
-            part = hidden_ND[start : start + size].detach().requires_grad_()
             targets = targets_N[start : start + size]
+            # Few chunk lengths, since a kernel is compiled and kept for each: see kernels.attention.
+            padding = -len(targets) % min(CHUNK_STEP, size)
+            part = F.pad(hidden_ND[start : start + size].detach(), (0, 0, 0, padding)).requires_grad_()
             with torch.enable_grad():
                 logits = head(part)
-            part_loss, grad_logits = _loss_and_gradient(logits.detach(), targets)
+            part_loss, grad_logits = _loss_and_gradient(logits.detach(), F.pad(targets, (0, padding)), len(targets))
             loss += part_loss
             grads = torch.autograd.grad(logits, [part, *params], grad_logits)
             del logits, grad_logits
-            grad_hidden[start : start + size] = grads[0]
+            grad_hidden[start : start + size] = grads[0][: len(targets)]
             for total, grad in zip(grad_params, grads[1:], strict=True):
                 total += grad
         ctx.save_for_backward(grad_hidden, *grad_params)
@@ -78,14 +83,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (grad_hidden * grad_loss, None, None, None, *(grad * grad_loss for grad in grad_params))
 
 
-def _loss_and_gradient(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss and its gradient (softmax minus one-hot) in the logits' dtype, with one fp32 [n, V] temporary."""
+def _loss_and_gradient(
+    logits_nV: torch.Tensor, targets_n: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of the first `count` tokens and its gradient (softmax minus one-hot) in the logits' dtype.
+
+    Needs one fp32 [n, V] temporary; tokens after the first `count` are padding.
+    """
     index = targets_n[:, None]
     probs = logits_nV.float()
     if probs is logits_nV:
         probs = probs.clone()
     lse = torch.logsumexp(probs, dim=-1, keepdim=True)
-    loss = (lse - probs.gather(1, index)).sum()
+    loss = (lse - probs.gather(1, index))[:count].sum()
     probs.sub_(lse).exp_()
     probs.scatter_add_(1, index, torch.full_like(index, -1, dtype=probs.dtype))
+    probs[count:] = 0.0
     return loss, probs.to(logits_nV.dtype)

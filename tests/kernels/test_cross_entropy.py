@@ -70,4 +70,4 @@ def test_a_chunk_is_bounded_for_a_large_vocabulary(monkeypatch: pytest.MonkeyPat
         return part @ weight.t()
 
     chunked_cross_entropy(hidden, torch.arange(100), head, [], 256_000).backward()
-    assert sum(seen) == 100 and max(seen) <= chunk_tokens(256_000)
+    assert 100 <= sum(seen) < 132 and max(seen) <= chunk_tokens(256_000)
