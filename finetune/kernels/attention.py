@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finetune.kernels.layout import Block, RowLayout, attention_blocks
+from finetune.kernels.layout import Block, RowLayout, attention_blocks, block_mask
 
 NAME = "segments"
 
@@ -107,12 +107,7 @@ def _masked_block_attention(
 ) -> torch.Tensor:
     """The same by one dense mask: any device, quadratic in the row."""
     num_tokens = query.shape[2]
-    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=query.device)
-    for block in blocks:
-        part = mask[block.q_start : block.q_end, block.k_start : block.k_end]
-        part.fill_(True)
-        if block.causal:
-            part.tril_()
+    mask = block_mask(blocks, num_tokens, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 

@@ -65,13 +65,18 @@ def attention_blocks(layout: RowLayout, num_tokens: int) -> list[Block]:
 
 def dense_mask(layout: RowLayout, num_tokens: int, device: torch.device | None = None) -> torch.Tensor:
     """The same as one boolean mask [1, 1, T, T], True where a query may attend: for models without block attention."""
+    return block_mask(attention_blocks(layout, num_tokens), num_tokens, device)[None, None]
+
+
+def block_mask(blocks: list[Block], num_tokens: int, device: torch.device | None = None) -> torch.Tensor:
+    """The union of `blocks` as one boolean mask [T, T]."""
     mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
-    for block in attention_blocks(layout, num_tokens):
+    for block in blocks:
         part = mask[block.q_start : block.q_end, block.k_start : block.k_end]
         part.fill_(True)
         if block.causal:
             part.tril_()
-    return mask[None, None]
+    return mask
 
 
 def position_ids(layout: RowLayout, num_tokens: int) -> torch.Tensor:
