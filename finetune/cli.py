@@ -68,6 +68,11 @@ VERBS: dict[str, Verb] = {
     "watch": Verb("watch", "follow a run from another terminal", "finetune watch runs/my-run"),
     "runs": Verb("runs", "list runs and their checkpoints", "finetune runs runs"),
     "report": Verb("report", "write a run's report.html", "finetune report runs/my-run"),
+    "bench": Verb(
+        "bench",
+        "measure how fast a recipe trains here",
+        "finetune bench train recipes/smollm2_135m_tickets.yaml --variants recipe,nf4",
+    ),
     "compare": Verb("compare", "set runs side by side", "finetune compare runs/one runs/two --html compare.html"),
     "schema": Verb("schema", "print the recipe's JSON schema for editors", "finetune schema -o recipe.schema.json"),
 }

@@ -64,6 +64,14 @@ def fuse(model: PeftModel) -> Fused:
     return count
 
 
+def unfuse(model: PeftModel) -> None:
+    """Give every module the forward of its class again: what `fuse` is compared with."""
+    for module in model.modules():
+        replaced = getattr(vars(module).get("forward"), "__func__", None)
+        if getattr(replaced, "func", replaced) in (_lora_forward, _grouped_forward, _norm_forward, _swiglu_forward):
+            del module.forward
+
+
 def can_fuse(layer: Any) -> bool:
     """Whether a PEFT layer is plain LoRA without dropout on a dense or 4-bit linear layer."""
     base = layer.get_base_layer()

@@ -100,7 +100,7 @@ def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook,
     trainer = build_trainer(placement, recipe.training, callbacks)
     steps = job.steps_of(job.data.train, rank=trainer.global_rank, world_size=placement.world_size)
     steps.first_step = checkpoint.step if checkpoint else 0
-    trainer.fit(module, _build_loader(steps, recipe, placement))
+    trainer.fit(module, build_loader(steps, recipe, placement))
     if len(steps) == 0:
         # Killed between the last checkpoint and the adapter: Lightning runs no hooks around an empty loader.
         flow.on_train_start(trainer, module)
@@ -168,7 +168,8 @@ def job_fingerprints(job: Job) -> dict[str, Any]:
     }
 
 
-def _build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> DataLoader[Any]:
+def build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> DataLoader[Any]:
+    """The loader of a rank's steps: one item is one optimizer step."""
     workers = recipe.training.num_workers
     return DataLoader(
         steps,

@@ -1,0 +1,123 @@
+"""`finetune bench train`: real processes on a tiny model, and what the figures count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.cli import main
+from finetune.data.batches import padded_batch
+from finetune.errors import BadInputError
+from finetune.kernels.layout import Group
+from finetune.models.flops import needed_flops, packed_counts, padded_counts, training_work
+from finetune.models.fused import unfuse
+from finetune.models.heads import decoder_of
+from finetune.recipe.load import load_recipe
+from finetune.training.bench import bench_training, variant_overrides
+from finetune.training.bench_worker import measure
+from finetune.training.module import FinetuneModule
+from finetune.training.strategy import build_trainer
+from finetune.training.train import prepare_job
+from tests.tiny import tiny_recipe, write_recipe
+
+ModelDir = Callable[[str], Path]
+
+
+def test_variants_run_in_processes_of_their_own(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(tmp_path, model_dir("llama"), rows))
+    figures = tmp_path / "figures.json"
+    arguments = ["bench", "train", str(recipe), "--steps", "2", "--rounds", "2", "--json", str(figures)]
+    assert main([*arguments, "--variants", "isolated,unfused+none,adapter.target_modules=[nothing]"]) == 0
+    report = json.loads(figures.read_text())
+    isolated, none, failed = report["variants"]
+    assert "nothing" in failed["failure"] and "tokens_per_second" not in failed
+    assert isolated["speed_ratio"] == 1.0
+    assert isolated["mean_loss"] == pytest.approx(none["mean_loss"], rel=1e-4)
+    assert isolated["computed_ratio"] < none["computed_ratio"]
+    assert 0 < isolated["peak_share"] < 1
+    for first, second in report["rounds"]["isolated"], report["rounds"]["unfused+none"]:
+        assert first["losses"] == second["losses"] and first["steps"] == 2
+        assert first["real_tokens"] <= first["computed_tokens"]
+        assert min(first["phases"].values()) > 0 and sum(first["phases"].values()) <= first["seconds"]
+
+
+def test_a_trace_is_written(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(tmp_path, model_dir("llama"), rows))
+    trace = tmp_path / "trace.json"
+    measure(
+        {
+            "recipe": str(recipe),
+            "overrides": ["training.max_steps=2"],
+            "fused": True,
+            "steps": 1,
+            "warmup": 1,
+            "trace": str(trace),
+        }
+    )
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::mm" in names
+
+
+def test_a_variant_that_does_not_fit_is_refused_before_anything_runs(
+    model_dir: ModelDir, rows: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(tmp_path, model_dir("llama"), rows))
+    with pytest.raises(BadInputError, match="nonsense"):
+        bench_training(recipe, [], ["recipe", "model.attention=nonsense"], steps=1, rounds=1)
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    with pytest.raises(BadInputError, match="packed is none of recipe, none"):
+        variant_overrides("nf4+packed")
+    assert variant_overrides("nf4+unfused") == (["model.quantization=nf4"], False)
+
+
+def test_needed_arithmetic_is_what_torch_counts(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    """PEFT's own layers on one sample: everything but the pairs above the diagonal and the first layer's inputs."""
+    recipe = tiny_recipe(
+        tmp_path, model_dir("llama"), rows, model={"name": str(model_dir("llama")), "attention": "eager"}
+    )
+    job = prepare_job(load_recipe(write_recipe(tmp_path / "tiny.yaml", recipe)))
+    module = FinetuneModule(job.recipe, job.source, job.tokenizer, job.placement, job.attention, 1)
+    module.trainer = build_trainer(job.placement, job.recipe.training, [])
+    module.configure_model()
+    unfuse(module.model)
+    sample = int(job.data.train.lengths.argmax())
+    micro = padded_batch(job.data.train, [sample], 2)
+    with FlopCounterMode(display=False) as counter:
+        # The decoder alone: the loss takes its gradient within its forward pass, which the counter cannot follow.
+        decoder_of(module.model.get_base_model())(
+            input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False
+        ).last_hidden_state.sum().backward()
+    length, width = micro.input_ids.shape[1], 2 * 32
+    work, counts = training_work(module.model), padded_counts([length], 0)
+    masked = 12 * width * (length**2 - counts.pairs)
+    # q, k and v of the first layer: their input, the embeddings, needs no gradient.
+    first = 2 * length * (32 * (32 + 16 + 16) + 3 * 32 * 4)
+    assert counter.get_total_flops() == needed_flops(work, counts) + masked - first
+    assert work.head_frozen == 320 * 32 and work.head_trained == 0
+
+
+def test_a_shared_prefix_counts_once() -> None:
+    alone = padded_counts([5, 6], 4)
+    shared = packed_counts((Group(3, (2, 3)),), 4)
+    assert alone.tokens == 11 and alone.pairs == 15 + 21
+    assert shared.tokens == 8 and shared.pairs == alone.pairs - 6
+    assert packed_counts((Group(0, (5, 6)),), 4) == alone
+
+
+def test_unfuse_restores_every_forward(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    job = prepare_job(load_recipe(write_recipe(tmp_path / "r.yaml", tiny_recipe(tmp_path, model_dir("llama"), rows))))
+    module = FinetuneModule(job.recipe, job.source, job.tokenizer, job.placement, job.attention, 1)
+    module.trainer = build_trainer(job.placement, job.recipe.training, [])
+    module.configure_model()
+    replaced = [m for m in module.model.modules() if "forward" in vars(m)]
+    assert len(replaced) > 14
+    unfuse(module.model)
+    assert not [m for m in module.model.modules() if "forward" in vars(m)]
+    assert isinstance(module.model, torch.nn.Module)
