@@ -190,7 +190,8 @@ def _read_csv(file: Path) -> Numbered:
             yield before + 1, row
             before = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num} is not valid CSV: {error}.") from error
+        hint = "; a quote is never closed" if "unexpected end" in str(error) else ""
+        raise DataError(f"{file}:{before + 1} is not valid CSV: {error}{hint}.") from error
 
 
 def _read_parquet(file: Path) -> Numbered:

@@ -45,6 +45,14 @@ def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
     if adapter.target_modules != "all-linear":
         _require_modules("adapter.target_modules", adapter.target_modules, names, linear_names(base))
     _require_modules("adapter.modules_to_save", adapter.modules_to_save, names, _top_names(names))
+    indices = token_indices(adapter, tokenizer)
+    num_rows = base.get_input_embeddings().weight.shape[0]
+    for index in indices:
+        if not 0 <= index < num_rows:
+            raise ModelError(
+                f"adapter.trainable_tokens: {index} is no token of the model, which has {num_rows:,}; "
+                "write the token's text, or an id below that"
+            )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -56,7 +64,7 @@ def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
         use_dora=adapter.use_dora,
         init_lora_weights=_INIT.get(adapter.init, adapter.init),
         modules_to_save=adapter.modules_to_save or None,
-        trainable_token_indices=token_indices(adapter, tokenizer) or None,
+        trainable_token_indices=indices or None,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
     )
@@ -82,7 +90,7 @@ def _require_modules(key: str, wanted: Iterable[str], names: list[str], candidat
         if any(name == target or name.endswith(f".{target}") for name in names):
             continue
         near = difflib.get_close_matches(target, candidates, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ModelError(f"{key}: the model has no module {target}{hint} It has: {', '.join(candidates)}")
 
 

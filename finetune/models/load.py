@@ -56,7 +56,10 @@ def load_tokenizer(model: ModelSection, source: ModelSource) -> Any:
 
 def _tokenizer_error(location: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(f"model.tokenizer: cannot load a tokenizer from {location}: {reason}")
+    return ModelError(
+        f"model.tokenizer: cannot load a tokenizer from {location}: {reason.rstrip(': ')}\n"
+        "  Name one with model.tokenizer, a hub id or a directory that holds tokenizer.json."
+    )
 
 
 def load_config(model: ModelSection, source: ModelSource) -> Any:

