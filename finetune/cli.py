@@ -17,6 +17,7 @@ from typing import NamedTuple
 from finetune import __version__
 from finetune.distributed import global_rank
 from finetune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, FinetuneError
+from finetune.machine import refuse_telemetry
 
 
 class Verb(NamedTuple):
@@ -74,6 +75,11 @@ VERBS: dict[str, Verb] = {
         "finetune bench train recipes/smollm2_135m_tickets.yaml --variants recipe,nf4",
     ),
     "compare": Verb("compare", "set runs side by side", "finetune compare runs/one runs/two --html compare.html"),
+    "completion": Verb(
+        "completion",
+        "print a shell completion script",
+        "finetune completion bash > ~/.local/share/bash-completion/completions/finetune",
+    ),
     "schema": Verb("schema", "print the recipe's JSON schema for editors", "finetune schema -o recipe.schema.json"),
 }
 
@@ -82,6 +88,15 @@ _BUG = (
     "error: this is a bug in finetune. Please open an issue in the project's repository with the "
     "lines above, the command, the recipe, and what `finetune --version` prints."
 )
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """argparse leaves out the verbs' indent when it looks for the widest name, and would wrap that one."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
 
 
 class _VersionAction(argparse.Action):
@@ -104,12 +119,12 @@ def describe_version() -> str:
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """The parser of every verb's name and help, with the arguments of `verb` alone."""
+    """The parser of every verb's name and help, with the arguments of `verb` alone; of all for `completion`."""
     parser = argparse.ArgumentParser(
         prog="finetune",
         description="LoRA and QLoRA fine-tuning: one YAML recipe in, a measured, servable adapter out.",
         epilog=_epilog(VERBS["run"].example),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action=_VersionAction, nargs=0, help="print versions and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -121,7 +136,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
             epilog=_epilog(row.example),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == verb:
+        if verb in (name, "completion"):
             load_command(row.module).configure(one)
     return parser
 
@@ -138,6 +153,7 @@ def _epilog(example: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 failed, 2 bad input, 75 run the same command again."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_telemetry()  # before any library that reads it is imported
     try:
         return _run(given)
     except FinetuneError as error:
@@ -168,6 +184,7 @@ def _run(given: list[str]) -> int:
         parser.print_help()
         return EXIT_BAD_INPUT
     arguments = parser.parse_args(given)
+    arguments.parser = parser
     code = load_command(VERBS[arguments.verb].module).run(arguments)
     sys.stdout.flush()
     return int(code)

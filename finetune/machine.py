@@ -61,6 +61,16 @@ def limit_kernel_cache() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
+def refuse_telemetry() -> None:
+    """Switch off what libraries report about their use, unless the user has set it; ours reports nothing.
+
+    Sources: huggingface_hub's, wandb's and gradio's documentation of their environment variables.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+
 def release_freed_memory() -> None:
     """Give the memory that a phase leaves behind back to the system: the next one needs other sizes."""
     import ctypes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def imported_by(*arguments: str) -> tuple[set[str], float]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("schema",), *((name, "--help") for name in PRESENT)],
+    [("--help",), ("--version",), ("schema",), ("completion", "bash"), *((name, "--help") for name in PRESENT)],
     ids=" ".join,
 )
 def test_help_is_quick_and_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
@@ -92,6 +93,38 @@ def test_no_verb_prints_help_and_exits_2() -> None:
     done = finetune()
     assert done.returncode == 2
     assert "usage: finetune" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_verbs_options_choices_and_files(tmp_path: Path) -> None:
+    script = finetune("completion", "bash").stdout
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "mine.yaml").touch()
+
+    def offered(*words: str) -> set[str]:
+        """What bash offers for the last of `words`."""
+        line = " ".join(f"'{word}'" for word in words)
+        ask = f'COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_finetune; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        done = subprocess.run(
+            ["bash", "-c", f"{script}\n{ask}"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return {word.rstrip("/") for word in done.stdout.split()}
+
+    assert offered("finetune", "") >= set(cli.VERBS)
+    assert offered("finetune", "mer") == {"merge"}
+    assert offered("finetune", "run", "--re") == {"--resume"}
+    assert offered("finetune", "merge", "--base", "") >= {"auto", "original", "dequantized"}
+    assert offered("finetune", "run", "mi") == {"mine.yaml"}
+    assert offered("finetune", "report", "ru") == {"runs"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_names_every_verb_and_is_valid(shell: str, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text(finetune("completion", shell).stdout)
+    assert all(name in script.read_text() for name in cli.VERBS)
+    if shutil.which(shell) is not None:
+        assert subprocess.run([shell, "-n", str(script)], check=False).returncode == 0
 
 
 def test_schema_goes_to_stdout_and_to_a_file(tmp_path: Path) -> None:

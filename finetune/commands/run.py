@@ -107,8 +107,10 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, 
     from finetune.export.hub_publish import check_push, push_recipe
     from finetune.report.html import write_report
     from finetune.training.resume import find_checkpoint, put_later_aside
+    from finetune.training.trackers import check_trackers
     from finetune.training.train import job_fingerprints, prepare_job, train
 
+    check_trackers(recipe.logging)
     if recipe.hub.push and is_rank_zero():
         check_push(recipe.hub, run_dir.root)
     job = prepare_job(recipe)
@@ -130,6 +132,8 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, 
     if checkpoint is not None and checkpoint.step >= job.plan.num_steps and run_dir.adapter.is_dir():
         say("this run is finished; --fresh starts it anew")
     else:
+        if is_rank_zero():
+            _forget_training(run_dir)
         state = train(job, run_dir, checkpoint, before=measure.before, after=measure.after)
         if is_rank_zero():
             _record_training(run_dir, job, state)
@@ -213,7 +217,8 @@ def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskR
 def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
     results = _read_results(run_dir)
     results["training"] = {
-        "steps": job.plan.num_steps,
+        "steps": state.step,
+        "planned_steps": job.plan.num_steps,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
         "tokens_per_second": round(state.tokens / max(1e-9, state.seconds), 1),
@@ -222,6 +227,14 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
         "versions": library_versions(),
     }
     write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _forget_training(run_dir: RunDir) -> None:
+    """Take out what an earlier, shorter run of this directory measured: it is being trained further."""
+    results = _read_results(run_dir)
+    kept = {key: value for key, value in results.items() if key not in ("after", "training")}
+    if kept != results:
+        write_atomic(run_dir.results, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_results(run_dir: RunDir) -> dict[str, Any]:

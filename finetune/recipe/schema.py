@@ -255,9 +255,12 @@ class LoggingSection(Section):
     """Where numbers go; metrics.csv is always written."""
 
     every_steps: PositiveInt = Field(10, description="Log every n optimizer steps.")
-    trackers: list[Literal["wandb"]] = Field([], description="Besides metrics.csv; offline without a key.")
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
+        [], description="Any of them, besides metrics.csv; wandb is offline without a key, the others are local."
+    )
     project: str = Field("finetune", description="The tracker's project.")
     tags: list[str] = Field([], description="The tracker's tags.")
+    log_adapter: bool = Field(False, description="Hand the final adapter to wandb and trackio as an artifact.")
 
 
 class HubSection(Section):

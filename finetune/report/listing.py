@@ -16,7 +16,7 @@ from finetune.errors import BadInputError
 from finetune.report import numbers
 from finetune.report.run_files import RunFiles, StoredCheckpoint, is_run, open_run
 
-STATE_STYLES = {"finished": "green", "running": "cyan", "stopped": "yellow", "not started": "dim"}
+STATE_STYLES = {"finished": "green", "measuring": "cyan", "running": "cyan", "stopped": "yellow", "not started": "dim"}
 
 
 def find_runs(folder: Path) -> list[RunFiles]:

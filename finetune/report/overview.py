@@ -81,6 +81,8 @@ def missing_of(run: RunFiles) -> list[str]:
         missing.append("recipe.yaml is absent, so the settings of this run are unknown.")
     if state == "running":
         missing.append(f"The run is at step {run.step:,}{of}; `finetune watch {run.shown_path}` follows it.")
+    elif state == "measuring":
+        missing.append("Training is done and the adapter saved; the run is measuring what it learned.")
     elif state == "stopped":
         missing.append(f"The run was stopped at step {run.step:,}{of}; the same `finetune run` command continues it.")
     elif state == "not started":

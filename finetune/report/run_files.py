@@ -20,7 +20,7 @@ from finetune.files import sha256_file
 from finetune.recipe.lines import YamlError, parse_yaml
 from finetune.run_dir import RunDir
 
-State = Literal["finished", "running", "stopped", "not started"]
+State = Literal["finished", "measuring", "running", "stopped", "not started"]
 Row = dict[str, float | int | None]
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
@@ -94,10 +94,12 @@ class RunFiles:
     @property
     def state(self) -> State:
         """How far the run is."""
-        done = "training" in self.results and self.run_dir.adapter.is_dir()
         early = self.key("evaluation.early_stopping") is not None
-        if done and (early or self.num_steps is None or self.step >= self.num_steps):
-            return "finished"
+        if early or self.num_steps is None or self.step >= self.num_steps:
+            if "training" in self.results and self.run_dir.adapter.is_dir():
+                return "finished"
+            if self.is_locked and _is_newer(self.run_dir.adapter, self.run_dir.metrics):
+                return "measuring"
         if self.is_locked:
             return "running"
         return "stopped" if self.step or self.metrics or self.results else "not started"
@@ -217,6 +219,13 @@ def _damage(path: Path, manifest: dict[str, Any], hashes: bool) -> str | None:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below `folder`."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    try:
+        return path.stat().st_mtime_ns >= other.stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 def _is_locked(lock: Path) -> bool:

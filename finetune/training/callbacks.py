@@ -25,13 +25,14 @@ from finetune.training.metrics import MetricsFile
 from finetune.training.module import FinetuneModule, StepResult
 from finetune.training.steps import StepBatch, StepDataset, StepPlan
 from finetune.training.trackers import TrackerGroup
-from finetune.training.validation import mean_loss, write_samples
+from finetune.training.validation import keep_samples, mean_loss, read_samples, write_samples
 
 
 @dataclass
 class RunState:
     """What the callbacks share and a checkpoint keeps."""
 
+    step: int = 0
     loss: float | None = None
     validation_loss: float | None = None
     validated_at: int | None = None
@@ -112,7 +113,8 @@ class Meter(L.Callback):
         if not trainer.is_global_zero:
             return
         self._metrics.start(module.step)
-        self._trackers = TrackerGroup(self._recipe, self._run)
+        keep_samples(self._run.samples, module.step)
+        self._trackers = TrackerGroup(self._recipe, self._run, module.step)
         if console.is_terminal:
             columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self._progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
@@ -120,9 +122,10 @@ class Meter(L.Callback):
             self._progress.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: FinetuneModule, *_: Any) -> None:  # type: ignore[override]
-        """Count, and at every n-th step and the last one, say."""
+        """Count, and at every n-th step, every validated one and the last one, say."""
         batch = module.last_batch
         assert batch is not None
+        self._state.step = module.step
         self._state.tokens += batch.num_real_tokens
         self._window_tokens += batch.num_real_tokens
         self._run_tokens += batch.num_real_tokens
@@ -131,7 +134,8 @@ class Meter(L.Callback):
         self._state.num_skipped_steps = module.num_skipped_steps
         if self._progress is not None:
             self._progress.update(self._task, completed=module.step)
-        if module.step % self._every == 0 or module.step == self._plan.num_steps:
+        is_validated = self._state.validated_at == module.step
+        if module.step % self._every == 0 or is_validated or module.step == self._plan.num_steps:
             self._log(trainer, module)
 
     def _log(self, trainer: L.Trainer, module: FinetuneModule) -> None:
@@ -157,6 +161,8 @@ class Meter(L.Callback):
         self._metrics.append(row)
         if self._trackers is not None:
             self._trackers.log(row, module.step)
+            if self._state.validated_at == module.step:
+                self._trackers.log_samples(read_samples(self._run.samples, module.step), module.step)
         self._say(row, now)
         self._window_tokens, self._supervised, self._window_start = 0, 0, now
 
@@ -171,6 +177,11 @@ class Meter(L.Callback):
             self._progress.update(self._task, status=status)
         else:
             say(f"step {row['step']}/{self._plan.num_steps}  {status}")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Hand over the adapter of a run that came to its end."""
+        if self._trackers is not None and self._state.stop_reason in (None, "early_stopping"):
+            self._trackers.log_adapter(self._run.adapter)
 
     def close(self) -> None:
         """Leave the terminal and the trackers in order, whatever happened."""

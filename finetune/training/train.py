@@ -132,7 +132,7 @@ class _Flow(L.Callback):
         saved = restore(self._checkpoint, module.model, optimizer)  # type: ignore[arg-type]
         trainer.precision_plugin.load_state_dict(saved["scaler"])
         self._state.load(saved["progress"])
-        module.step = self._checkpoint.step
+        module.step = self._state.step = self._checkpoint.step
         module.num_skipped_steps = self._state.num_skipped_steps
         # Callbacks of others read Lightning's own counter.
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress

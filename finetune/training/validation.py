@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from finetune.data.dataset import TokenDataset
+from finetune.files import write_atomic
 from finetune.inference.generate import Sampling, generate
 from finetune.inference.mode import inference_mode
 from finetune.recipe.schema import EvaluationSection
@@ -76,6 +79,28 @@ def write_samples(
         with run.samples.open("a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return rows
+
+
+def read_samples(path: Path, step: int) -> list[dict[str, Any]]:
+    """The completions of one step."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _step_of(line) == step]
+
+
+def keep_samples(path: Path, last_step: int) -> None:
+    """Cut samples.jsonl back to the steps up to `last_step`: a resumed run writes the later ones again."""
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of samples.jsonl; infinite for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _last_turn(input_ids: np.ndarray, supervised: np.ndarray) -> tuple[list[int], list[int]]:

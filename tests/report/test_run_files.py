@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from finetune.errors import BadInputError
 from finetune.files import sole_owner
 from finetune.recipe.schema import TrainingSection
+from finetune.report.overview import missing_of
 from finetune.report.run_files import is_run, open_run, planned_steps
 from finetune.training import checkpoint as training_checkpoint
 from finetune.training import metrics as training_metrics
@@ -80,6 +82,19 @@ def test_looking_at_a_run_does_not_take_its_lock(tmp_path: Path) -> None:
     with sole_owner(run_dir.lock):
         open_run(run_dir.root)
         assert run_dir.lock.read_text().startswith("process ")
+
+
+def test_a_run_whose_adapter_is_newer_than_its_metrics_is_measuring(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    results = json.loads(run_dir.results.read_text())
+    run_dir.results.write_text(json.dumps({"before": results["before"]}))
+    with sole_owner(run_dir.lock):
+        os.utime(run_dir.metrics, (1_700_000_000, 1_700_000_000))
+        run = open_run(run_dir.root)
+        assert run.state == "measuring"
+        assert "measuring" in " ".join(missing_of(run))
+        os.utime(run_dir.adapter, (1_600_000_000, 1_600_000_000))
+        assert open_run(run_dir.root).state == "running"
 
 
 def test_early_stopping_finishes_a_run(tmp_path: Path) -> None:

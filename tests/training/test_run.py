@@ -14,12 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.commands import run as run_command
 from finetune.files import sole_owner
 from finetune.models.adapters import WEIGHTS_NAME
+from finetune.report.run_files import open_run
 from finetune.training.metrics import read_metrics
 from finetune.training.module import FinetuneModule
 from tests.tiny import tiny_recipe, write_recipe
 from tests.training.conftest import RunTiny
+from tests.training.test_checkpoint import interrupt_after
 
 
 def test_fm03_everything_trained_is_in_training_mode(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +103,55 @@ def test_validation_stops_early_and_keeps_the_best(run_tiny: RunTiny) -> None:
     assert steps == [1, 2, 3]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000001", "step-000003"]
     assert run.adapter.is_dir()
+    training = json.loads(run.results.read_text())["training"]
+    assert (training["steps"], training["planned_steps"]) == (3, 12)
+
+
+def test_a_validated_step_is_a_logged_one(run_tiny: RunTiny) -> None:
+    run = run_tiny(
+        data={"validation": {"size": 4}}, evaluation={"every_steps": 2}, logging={"every_steps": 3}, name="cadence"
+    )
+    rows = {row["step"]: row["validation_loss"] for row in read_metrics(run.metrics)}
+    assert list(rows) == [2, 3, 4]
+    assert rows[3] is None and 4.0 < (rows[2] or 0) < 8.0 and 4.0 < (rows[4] or 0) < 8.0
+
+
+def test_samples_of_a_continued_run_stand_once(run_tiny: RunTiny) -> None:
+    sections: dict[str, Any] = {
+        "data": {"validation": {"size": 4}},
+        "evaluation": {"every_steps": 1, "num_samples": 2, "max_new_tokens": 4},
+        "checkpoint": {"every_steps": 1, "keep_last": 9},
+    }
+    run = run_tiny(**sections)
+    whole = run.samples.read_text()
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [1, 1, 2, 2, 3, 3, 4, 4]
+    interrupt_after(run, 2)
+    with run.samples.open("a") as file:
+        file.write('{"step": 4, "prom')  # a line that a kill cut short
+    run_tiny(**sections)
+    assert run.samples.read_text() == whole
+
+
+def test_a_run_that_measures_says_so(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[str] = []
+    measure = run_command._Measure._measure
+
+    def look(self: Any, module: FinetuneModule, when: str) -> None:
+        states.append(open_run(self._run_dir.root).state)
+        measure(self, module, when)
+
+    monkeypatch.setattr(run_command._Measure, "_measure", look)
+    run = run_tiny(evaluation={"before": True, "metrics": ["perplexity"]}, data={"validation": {"size": 4}})
+    # The same run for longer: what the shorter one measured no longer stands.
+    run_tiny(
+        evaluation={"metrics": ["perplexity"]},
+        data={"validation": {"size": 4}},
+        training={"max_steps": 6},
+        arguments=("--accept-changes",),
+    )
+    assert states == ["running", "measuring", "measuring"]
+    assert open_run(run.root).state == "finished"
+    assert json.loads(run.results.read_text())["training"]["steps"] == 6
 
 
 def test_a_second_run_in_the_same_place_is_refused(
@@ -125,34 +177,6 @@ def test_a_finished_run_is_left_alone(run_tiny: RunTiny, capsys: pytest.CaptureF
     run_tiny()
     assert "this run is finished" in capsys.readouterr().err
     assert (run.adapter / WEIGHTS_NAME).stat().st_mtime_ns == before
-
-
-def test_wandb_is_offline_without_a_key_and_keeps_its_id(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    run = run_tiny(logging={"trackers": ["wandb"]})
-    identity = (run.logs / "tracker_id").read_text()
-    assert any(identity in str(path) for path in run.logs.rglob("*.wandb"))
-
-
-def test_a_tracker_that_fails_never_stops_training(
-    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from finetune.training import trackers
-
-    class Broken:
-        def __init__(self, *_: object) -> None:
-            self.calls = 0
-
-        def log(self, *_: object) -> None:
-            raise ConnectionError("the service went away")
-
-        def finish(self) -> None: ...
-
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", Broken)
-    run = run_tiny(logging={"trackers": ["wandb"]})
-    assert len(list(read_metrics(run.metrics))) == 4
-    assert capsys.readouterr().err.count("the service went away") == 1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])

@@ -1,0 +1,168 @@
+"""Trackers: what they wrote is read back from their own files; none of them stops training."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import main
+from finetune.machine import refuse_telemetry
+from finetune.run_dir import RunDir
+from finetune.training import trackers
+from finetune.training.metrics import read_metrics
+from tests.training.conftest import RunTiny
+from tests.training.test_checkpoint import interrupt_after
+
+SECTIONS: dict[str, Any] = {
+    "data": {"validation": {"size": 4}},
+    "evaluation": {"every_steps": 2, "num_samples": 2, "max_new_tokens": 4},
+    "checkpoint": {"every_steps": 1, "keep_last": 9},
+}
+
+
+def run_and_continue(run_tiny: RunTiny, tracker: str, **logging: Any) -> tuple[RunDir, dict[int, float]]:
+    """A run of 4 steps, continued from its second; returns the loss of each step as metrics.csv has it."""
+    sections = {**SECTIONS, "logging": {"trackers": [tracker], **logging}}
+    run = run_tiny(**sections)
+    interrupt_after(run, 2)
+    run_tiny(**sections)
+    return run, {int(row["step"] or 0): float(row["loss"] or 0) for row in read_metrics(run.metrics)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_trackio(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """trackio reads this once, when it is imported."""
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: a LevelDB log of protobuf messages.
+
+    Source: LevelDB, doc/log_format.md; the file's own header has seven bytes.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32_768 - position % 32_768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def test_wandb_is_offline_without_a_key_and_keeps_its_id(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run, losses = run_and_continue(run_tiny, "wandb", log_adapter=True, tags=["a"])
+    identity = (run.logs / "tracker_id").read_text()
+    logged: dict[int, float] = {}
+    configs, tables, artifacts, ids = [], [], set(), set()
+    for record in (record for path in run.logs.rglob("*.wandb") for record in wandb_records(path)):
+        if record.HasField("run"):
+            ids.add(record.run.run_id)
+            configs += [json.loads(item.value_json) for item in record.run.config.update if item.key == "adapter"]
+        if record.HasField("artifact"):
+            artifacts.add((record.artifact.type, record.artifact.name))
+        if record.HasField("history"):
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            if "loss" in items:
+                logged[record.history.step.num] = json.loads(items["loss"])
+            if "samples.nrows" in items:
+                tables.append((json.loads(items["samples.nrows"]), json.loads(items["samples.ncols"])))
+    assert ids == {identity}
+    assert logged == pytest.approx(losses)
+    assert configs and all(config["rank"] == 4 for config in configs)
+    assert ("model", "tiny-adapter") in artifacts
+    assert tables == [(2, 3)] * 3, "of steps 2 and 4, and of 4 again"
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume(run_tiny: RunTiny) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, losses = run_and_continue(run_tiny, "tensorboard")
+    events = EventAccumulator(str(run.logs / "tensorboard")).Reload()
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("validation_loss")] == [2, 4]
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/text_summary")}
+    assert list(texts) == [2, 4]
+    assert all(text.startswith("| prompt | expected | completion |") for text in texts.values())
+    assert b"rank: 4" in events.Tensors("recipe/text_summary")[-1].tensor_proto.string_val[0]
+
+
+def test_trackio_keeps_one_run_in_its_database(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    run, losses = run_and_continue(run_tiny, "trackio", project="tests", log_adapter=True)
+    assert "Trackio" not in capsys.readouterr().out
+    (name,) = SQLiteStorage.get_runs("tests")
+    assert name == f"tiny-{(run.logs / 'tracker_id').read_text()}"
+    logs = SQLiteStorage.get_logs("tests", name)
+    seen = defaultdict(list)
+    for row in logs:
+        for key in row:
+            seen[key].append(row["step"])
+    assert {row["step"]: row["loss"] for row in logs if "loss" in row} == pytest.approx(losses)
+    assert seen["loss"] == [1, 2, 3, 4] and seen["samples"] == [2, 4]
+    config = SQLiteStorage.get_run_config("tests", name)
+    assert config is not None and config["adapter"]["rank"] == 4
+    assert any((Path(os.environ["TRACKIO_DIR"]) / "artifacts").rglob("*"))
+
+
+@pytest.mark.parametrize("moment", ["start", "log", "log_samples", "log_adapter", "finish"])
+def test_a_tracker_that_fails_never_stops_training(
+    moment: str, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def __init__(self, *_: object) -> None:
+            self._fail("start")
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: self._fail(name)
+
+        def _fail(self, name: str) -> None:
+            if name == moment:
+                raise ConnectionError("the service went away")
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Broken)
+    run = run_tiny(**SECTIONS, logging={"trackers": ["wandb"], "log_adapter": True})
+    assert len(list(read_metrics(run.metrics))) == 4 and run.adapter.is_dir()
+    assert capsys.readouterr().err.count("the service went away") == 1
+
+
+def test_an_absent_package_is_refused_before_anything_is_computed(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trackio" else find(name))
+    run = run_tiny(expect=2, logging={"trackers": ["trackio"]})
+    assert "logging.trackers: trackio is not installed; run: pip install trackio" in capsys.readouterr().err
+    assert not run.recipe.exists()
+
+
+def test_telemetry_is_off_unless_the_user_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("HF_HUB_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    assert main([]) == 2
+    assert [os.environ[name] for name in names] == ["1", "false", "True"]
+    refuse_telemetry()
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "True"
