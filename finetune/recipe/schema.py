@@ -169,6 +169,10 @@ class TrainingSection(Section):
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; with epochs, whichever ends first.")
     global_batch_size: PositiveInt = Field(16, description="Samples per optimizer step, over all devices.")
     micro_batch_size: PositiveInt = Field(4, description="Samples per forward pass; changes speed, not the result.")
+    auto_micro_batch: bool = Field(
+        False,
+        description="Find the largest forward pass that a GPU's memory takes (samples, or tokens of a packed row).",
+    )
     precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = Field(
         "bf16-mixed", description="Compute precision; trained parameters are fp32 in all of them."
     )

@@ -37,6 +37,7 @@ HARMLESS = (
     "data.max_rejected_share",
     "data.max_over_length_share",
     "training.micro_batch_size",
+    "training.auto_micro_batch",
     "training.gradient_checkpointing",
     "training.compile",
     "training.num_workers",

@@ -26,6 +26,7 @@ from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
+from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
 from finetune.training.callbacks import CheckpointWriter, Meter, NonFiniteStop, Preemption, RunState, Validation
 from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore
 from finetune.training.module import FinetuneModule
@@ -64,6 +65,8 @@ def prepare_job(recipe: Recipe) -> Job:
         BadInputError: whatever is wrong with the model's name, the data or the devices.
     """
     placement = resolve_placement(recipe.distributed)
+    if recipe.training.auto_micro_batch:
+        check_placement(placement)
     source = find_model(recipe.model)
     config = load_config(recipe.model, source)
     attention = choose_attention(config, recipe.model, recipe.data)
@@ -100,6 +103,8 @@ def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook,
     trainer = build_trainer(placement, recipe.training, callbacks)
     steps = job.steps_of(job.data.train, rank=trainer.global_rank, world_size=placement.world_size)
     steps.first_step = checkpoint.step if checkpoint else 0
+    if recipe.training.auto_micro_batch:
+        trainer.callbacks.insert(0, AutoMicroBatch(steps))  # type: ignore[attr-defined]
     trainer.fit(module, build_loader(steps, recipe, placement))
     if len(steps) == 0:
         # Killed between the last checkpoint and the adapter: Lightning runs no hooks around an empty loader.
