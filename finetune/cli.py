@@ -34,6 +34,11 @@ VERBS: dict[str, Verb] = {
         "train, evaluate and export what a recipe says",
         "finetune run recipes/smollm2_135m_tickets.yaml",
     ),
+    "new": Verb(
+        "new",
+        "write a recipe for a model and data of yours",
+        "finetune new --model Qwen/Qwen3-8B --data rows.jsonl --hardware 24GB --epochs 3 --output my.yaml",
+    ),
     "generate": Verb(
         "generate",
         "complete prompts with a model or adapter",

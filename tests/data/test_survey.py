@@ -1,0 +1,65 @@
+"""A first look at a source: format, columns under other names, lengths, bad rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data.survey import survey_source
+from finetune.errors import DataError
+from finetune.recipe.schema import SourceSection
+
+TURN = {"role": "user", "content": "a"}
+
+
+def count(turns: list[dict[str, Any]]) -> int:
+    return sum(len(turn["content"]) for turn in turns)
+
+
+def write(folder: Path, *rows: dict[str, Any]) -> SourceSection:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SourceSection(path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "format_name", "columns"),
+    [
+        ({"instruction": "a", "output": "b"}, "alpaca", {}),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion", {}),
+        ({"messages": [TURN]}, "messages", {}),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt", {}),
+        ({"text": "a"}, "text", {}),
+        ({"question": "a", "answer": "b"}, "alpaca", {"instruction": "question", "output": "answer"}),
+        ({"Prompt": "a", "Response": "b", "id": 3}, "alpaca", {"instruction": "Prompt", "output": "Response"}),
+        ({"instruction": "a", "response": "b"}, "alpaca", {"output": "response"}),
+        ({"conversation": [TURN]}, "messages", {"messages": "conversation"}),
+        ({"conversation": [{"from": "human", "value": "a"}]}, "sharegpt", {"conversations": "conversation"}),
+        ({"content": "a", "url": "b"}, "text", {"text": "content"}),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
+)
+def test_formats_and_columns(tmp_path: Path, row: dict[str, Any], format_name: str, columns: dict[str, str]) -> None:
+    survey = survey_source(write(tmp_path, row), "--data", count)
+    assert (survey.format, survey.columns) == (format_name, columns)
+
+
+def test_lengths_rows_and_bad_ones(tmp_path: Path) -> None:
+    rows = [{"instruction": "a" * size, "output": "b"} for size in range(1, 1201)]
+    rows[4]["output"] = ""
+    survey = survey_source(write(tmp_path, *rows), "--data", count)
+    assert (survey.num_rows, survey.num_looked_at, survey.num_bad) == (1200, 1000, 1)
+    assert survey.first_bad.endswith("rows.jsonl:5: column 'output' holds an empty string; it must be text")
+    assert survey.lengths == pytest.approx({"p50": 502, "p95": 951, "p99": 991, "max": 1001}, abs=1)
+
+
+def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no known format has these columns. Columns found: x, y"):
+        survey_source(write(tmp_path, {"x": "a", "y": "b"}), "--data", count)
+    with pytest.raises(DataError, match=r"none of the first 1 rows can be used:\n  .*rows.jsonl:1: column 'output'"):
+        survey_source(write(tmp_path, {"instruction": "a", "output": None}), "--data", count)
+    with pytest.raises(DataError, match="holds no rows"):
+        survey_source(write(tmp_path), "--data", count)
