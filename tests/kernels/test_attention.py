@@ -14,7 +14,7 @@ LAYOUTS: dict[str, RowLayout] = {
     "isolated": (Group(0, (20, 7, 1, 20)),),
     "shared prefix": (Group(12, (9, 1, 26)),),
     "groups": (Group(0, (10, 3)), Group(8, (4, 9)), Group(5, (6,))),
-    "longer than a tile": (Group(40, (300, 17)),),
+    "longer than a tile": (Group(40, (300, 17, 30, 2, 9, 64)), Group(0, (270, 5))),
 }
 
 
