@@ -17,6 +17,9 @@ import torch.nn.functional as F
 # fp32 logits of one chunk. 32 MB stays near the caches of a CPU and is far below a GPU's other needs.
 CHUNK_BYTES = 32 * 2**20
 
+# fp32 logits that fit into a core's second cache.
+CACHED_BYTES = 2**20
+
 # Tokens of a chunk are padded to a multiple of this.
 CHUNK_STEP = 32
 
@@ -88,15 +91,20 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss of the first `count` tokens and its gradient (softmax minus one-hot) in the logits' dtype.
 
-    Needs one fp32 [n, V] temporary; tokens after the first `count` are padding.
+    Tokens after the first `count` are padding. The fp32 values of a few tokens exist at a time: seven passes over them
+    stay in a CPU's caches.
     """
-    index = targets_n[:, None]
-    probs = logits_nV.float()
-    if probs is logits_nV:
-        probs = probs.clone()
-    lse = torch.logsumexp(probs, dim=-1, keepdim=True)
-    loss = (lse - probs.gather(1, index))[:count].sum()
-    probs.sub_(lse).exp_()
-    probs.scatter_add_(1, index, torch.full_like(index, -1, dtype=probs.dtype))
-    probs[count:] = 0.0
-    return loss, probs.to(logits_nV.dtype)
+    grad = torch.empty_like(logits_nV)
+    loss = torch.zeros((), dtype=torch.float32, device=logits_nV.device)
+    size = len(logits_nV) if logits_nV.is_cuda else max(1, CACHED_BYTES // (4 * logits_nV.shape[1]))
+    for start in range(0, len(logits_nV), size):
+        index = targets_n[start : start + size, None]
+        values = logits_nV[start : start + size].to(torch.float32, copy=True)
+        picked = values.gather(1, index)
+        top = values.amax(1, keepdim=True)
+        total = values.sub_(top).exp_().sum(1, keepdim=True)
+        loss += (total.log() + top - picked)[: max(0, count - start)].sum()
+        values.mul_(total.reciprocal_()).scatter_add_(1, index, torch.full_like(picked, -1.0))
+        grad[start : start + size] = values
+    grad[count:] = 0.0
+    return loss, grad
