@@ -10,10 +10,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from finetune.distributed import is_rank_zero
 
@@ -31,32 +35,72 @@ def warn(message: str) -> None:
     console.print(f"warning: {message}", style="yellow", markup=False)
 
 
+# The display that is on the screen; a second one would fight with it for the same lines.
+_shown: list[Progress] = []
+
+
 class Bar:
     """The handle that `progress_bar` yields: `advance(n)` moves it."""
 
-    def __init__(self, progress: Progress | None, task: int) -> None:
+    def __init__(self, progress: Progress | None, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a bar on the screen."""
+        return self._progress is not None
 
     def advance(self, amount: int = 1) -> None:
         """Move the bar forward by `amount` units."""
         if self._progress is not None:
-            self._progress.advance(self._task, amount)  # type: ignore[arg-type]
+            self._progress.advance(self._task, amount)
+
+    def update(self, completed: int, status: str) -> None:
+        """Set the bar to `completed` units and the words behind it."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=completed, status=status)
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None) -> Iterator[Bar]:
-    """A bar on a terminal, one line where the output is not a terminal."""
+def progress_bar(description: str, total: int | None, *, line: bool = True) -> Iterator[Bar]:
+    """A bar on a terminal, beneath the one that is shown already; elsewhere one line, unless `line` is false."""
     if not console.is_terminal or not is_rank_zero():
-        say(description if total is None else f"{description} ({total:,})")
-        yield Bar(None, 0)
+        if line:
+            say(description if total is None else f"{description} ({total:,})")
+        yield Bar(None, TaskID(0))
+        return
+    with _display() as progress:
+        task = progress.add_task(description, total=total, status="")
+        try:
+            yield Bar(progress, task)
+        finally:
+            progress.remove_task(task)
+
+
+@contextmanager
+def _display() -> Iterator[Progress]:
+    if _shown:
+        yield _shown[-1]
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _Rest(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield Bar(progress, progress.add_task(description, total=total))
+        _shown.append(progress)
+        try:
+            yield progress
+        finally:
+            _shown.pop()
+
+
+class _Rest(ProgressColumn):
+    """The words that a task's owner gives, else the time that is left."""
+
+    def render(self, task: Task) -> Text:
+        """One cell."""
+        return Text(task.fields["status"]) if task.fields["status"] else TimeRemainingColumn().render(task)

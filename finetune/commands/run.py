@@ -187,8 +187,8 @@ class _Measure:
         result: TaskResult | None = None
         metrics: dict[str, float] = {}
         section = self._job.recipe.evaluation
+        what = "the bare base" if when == "before" else "the trained adapter"
         if self._rows:
-            what = "the bare base" if when == "before" else "the trained adapter"
             with module.gathered(), progress_bar(f"measuring {what}: completions", len(self._rows)) as bar:
                 result = evaluate_task(
                     module.model,
@@ -202,7 +202,8 @@ class _Measure:
         if self._tokens is not None and "perplexity" in section.metrics:
             placement = self._job.placement
             steps = self._job.steps_of(self._tokens, rank=module.global_rank, world_size=placement.world_size)
-            metrics["perplexity"] = math.exp(min(mean_loss(module, steps), 80.0))
+            with progress_bar(f"measuring {what}: perplexity", len(self._tokens)) as bar:
+                metrics["perplexity"] = math.exp(min(mean_loss(module, steps, on_samples=bar.advance), 80.0))
         release_freed_memory()
         if module.global_rank == 0:
             _record(self._run_dir, when, metrics, result)

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finetune.console import console, say
 from finetune.data.formats import RowError, load_line
+from finetune.distributed import is_rank_zero
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -230,6 +232,9 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
 def _open_hub(section: SourceSection, where: str) -> Source:
     import datasets
 
+    if not console.is_terminal or not is_rank_zero():
+        datasets.disable_progress_bars()
+    say(f"loading the hub data set {section.path}")
     try:
         table = datasets.load_dataset(section.path, name=section.name, split=section.split, revision=section.revision)
     except Exception as error:  # the hub, the network, a builder: datasets wraps them in many types

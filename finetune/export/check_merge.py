@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from finetune.console import progress_bar
 from finetune.data.dataset import TokenDataset
 from finetune.data.prepare import prepare_data
 from finetune.data.template import ChatTemplate, encode_prompt
@@ -113,13 +114,15 @@ def _sample(input_ids: Any, supervised: Any) -> CheckSample | None:
 def log_probs(causal_lm: Any, samples: Sequence[CheckSample]) -> Iterator[torch.Tensor]:
     """Log-probabilities (fp32 [P, V] on the CPU) of each sample's positions; the caller sets the model's mode."""
     device = causal_lm.get_input_embeddings().weight.device
-    for batch in _batches(samples):
-        # Padded at the end, where causal attention lets nobody look.
-        ids = torch.nn.utils.rnn.pad_sequence([sample.input_ids for sample in batch], batch_first=True)
-        hidden = decoder_of(causal_lm)(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        for row, sample in zip(hidden, batch, strict=True):
-            logits = head_logits(causal_lm, row[sample.positions.to(row.device)])
-            yield torch.log_softmax(logits.float(), dim=-1).cpu()
+    with progress_bar("comparing on held-out rows", len(samples), line=False) as bar:
+        for batch in _batches(samples):
+            # Padded at the end, where causal attention lets nobody look.
+            ids = torch.nn.utils.rnn.pad_sequence([sample.input_ids for sample in batch], batch_first=True)
+            hidden = decoder_of(causal_lm)(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            for row, sample in zip(hidden, batch, strict=True):
+                logits = head_logits(causal_lm, row[sample.positions.to(row.device)])
+                yield torch.log_softmax(logits.float(), dim=-1).cpu()
+            bar.advance(len(batch))
 
 
 def _batches(samples: Sequence[CheckSample]) -> Iterator[list[CheckSample]]:

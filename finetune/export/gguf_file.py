@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
 
+from finetune.console import progress_bar
 from finetune.errors import FinetuneError
 from finetune.files import fsync_path
 
@@ -68,8 +69,10 @@ def write_gguf(path: Path, writer: GGUFWriter, tensors: Sequence[GgufTensor]) ->
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         try:
-            for tensor in tensors:
-                writer.write_tensor_data(_encode(tensor))
+            with progress_bar(f"writing {path.name}", len(tensors)) as bar:
+                for tensor in tensors:
+                    writer.write_tensor_data(_encode(tensor))
+                    bar.advance()
         finally:
             writer.close()
 

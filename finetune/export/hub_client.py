@@ -31,12 +31,14 @@ class HubClient:
     ) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import logging
-        from huggingface_hub.utils.tqdm import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
         # The client logs every failed attempt with its address, which may be signed; `call` says it in words.
         logging.set_verbosity_error()
         if not console.is_terminal:
             disable_progress_bars()
+        else:
+            enable_progress_bars()  # whatever loaded the model has switched them off
         self.api = HfApi(endpoint=endpoint, token=token, library_name="finetune", library_version=__version__)
         self.user: str | None = None
         self._next = next_command

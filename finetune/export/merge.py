@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from finetune.console import progress_bar
 from finetune.errors import BadInputError, FinetuneError, ModelError
 from finetune.export.merge_config import write_configs, write_tokenizer
 from finetune.export.merge_files import BaseFiles, read_tensor, write_shards
@@ -109,7 +110,13 @@ class Merge:
             plan = plan.without_head()
         by_name = {weight.info.name: weight for weight in plan.weights}
         infos = [weight.info for weight in plan.weights]
-        write_shards(folder, infos, lambda name: self.tensor(by_name[name], self.base))
+        with progress_bar("merging", len(infos)) as bar:
+
+            def merged(name: str) -> torch.Tensor:
+                bar.advance()
+                return self.tensor(by_name[name], self.base)
+
+            write_shards(folder, infos, merged)
         write_configs(folder, self.config, self.source, self.torch_dtype, plan, self.tokenizer, self.stop_token_ids)
         write_tokenizer(folder, self.tokenizer)
         return plan

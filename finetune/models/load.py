@@ -10,8 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from finetune.console import say
 from finetune.errors import ModelError
 from finetune.kernels import attention
+from finetune.models.progress import library_bars
 from finetune.models.sources import ModelSource, unreachable
 from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
 
@@ -108,17 +110,21 @@ def load_base(
     """
     attention.register()
     _use_plain_linears()
+    dtype = base_dtype(model, precision)
+    kept = str(dtype).removeprefix("torch.") if model.quantization == "none" else model.quantization
+    say(f"loading {source.name} ({kept})")
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            revision=source.revision,
-            dtype=base_dtype(model, precision),
-            quantization_config=quantization_config(model, shardable=shardable),
-            attn_implementation=attention_name,
-            device_map={"": device},
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=None,
-        )
+        with library_bars():
+            base = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                revision=source.revision,
+                dtype=dtype,
+                quantization_config=quantization_config(model, shardable=shardable),
+                attn_implementation=attention_name,
+                device_map={"": device},
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=None,
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.console import say
 from finetune.errors import ModelError
 from finetune.files import locked, new_directory, sha256_file
+from finetune.models.progress import library_bars
 from finetune.recipe.schema import ModelSection
 from finetune.run_dir import cache_dir
 
@@ -152,8 +153,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
     say(f"converting {path.name} to safetensors, once (about 20 s for 135 M parameters)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
+        with library_bars():
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
     except Exception as error:
         raise ModelError(f"model.name: {path} cannot be read as a GGUF model: {error}") from error
     _split_digits(tokenizer, path)

@@ -6,14 +6,14 @@ import math
 import os
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
 import torch
-from rich.progress import BarColumn, Progress, TextColumn
 
-from finetune.console import console, say
+from finetune.console import Bar, progress_bar, say
 from finetune.data.dataset import TokenDataset
 from finetune.errors import EXIT_PREEMPTED, FinetuneError
 from finetune.machine import peak_memory_bytes
@@ -103,7 +103,9 @@ class Meter(L.Callback):
         self._recipe, self._run, self._state, self._plan = recipe, run, state, plan
         self._tokens_left = [int(lengths[plan.samples(step)].sum()) for step in range(plan.num_steps)]
         self._trackers: TrackerGroup | None = None
-        self._progress: Progress | None = None
+        self._screen = ExitStack()
+        self._bar: Bar | None = None
+        self._status = ""
         self._window_tokens = self._supervised = self._run_tokens = 0
 
     def on_train_start(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
@@ -115,11 +117,7 @@ class Meter(L.Callback):
         self._metrics.start(module.step)
         keep_samples(self._run.samples, module.step)
         self._trackers = TrackerGroup(self._recipe, self._run, module.step)
-        if console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            self._progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
-            self._task = self._progress.add_task("training", total=self._plan.num_steps, status="")
-            self._progress.start()
+        self._bar = self._screen.enter_context(progress_bar("training", self._plan.num_steps, line=False))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: FinetuneModule, *_: Any) -> None:  # type: ignore[override]
         """Count, and at every n-th step, every validated one and the last one, say."""
@@ -132,8 +130,8 @@ class Meter(L.Callback):
         self._supervised += batch.num_supervised
         self._state.seconds = self._seconds_before + time.perf_counter() - self._started
         self._state.num_skipped_steps = module.num_skipped_steps
-        if self._progress is not None:
-            self._progress.update(self._task, completed=module.step)
+        if self._bar is not None:
+            self._bar.update(module.step, self._status)
         is_validated = self._state.validated_at == module.step
         if module.step % self._every == 0 or is_validated or module.step == self._plan.num_steps:
             self._log(trainer, module)
@@ -169,14 +167,14 @@ class Meter(L.Callback):
     def _say(self, row: dict[str, Any], now: float) -> None:
         left = sum(self._tokens_left[row["step"] :])
         overall = self._run_tokens / max(1e-9, now - self._started)
-        status = (
+        self._status = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
             f"{row['peak_memory_bytes'] / 1e9:.2f} GB  left {clock(left / max(1e-9, overall))}"
         )
-        if self._progress is not None:
-            self._progress.update(self._task, status=status)
+        if self._bar is not None and self._bar.is_shown:
+            self._bar.update(row["step"], self._status)
         else:
-            say(f"step {row['step']}/{self._plan.num_steps}  {status}")
+            say(f"step {row['step']}/{self._plan.num_steps}  {self._status}")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Hand over the adapter of a run that came to its end."""
@@ -185,8 +183,10 @@ class Meter(L.Callback):
 
     def close(self) -> None:
         """Leave the terminal and the trackers in order, whatever happened."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None and self._bar.is_shown:
+            self._screen.close()
+            say(f"step {self._state.step}/{self._plan.num_steps}  {self._status}")
+        self._bar = None
         if self._trackers is not None:
             self._trackers.finish()
 
@@ -214,7 +214,8 @@ class Validation(L.Callback):
         every = self._section.every_steps
         if every is None or (module.step % every and module.step != module.num_steps):
             return
-        loss = mean_loss(module, self._samples)
+        with progress_bar("validating", len(self._samples.dataset), line=False) as bar:
+            loss = mean_loss(module, self._samples, on_samples=bar.advance)
         state = self._state
         state.validation_loss, state.validated_at = loss, module.step
         say(f"step {module.step}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 80)):.2f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ SAMPLES_PER_STEP = 64
 
 
 @torch.no_grad()
-def mean_loss(module: FinetuneModule, samples: StepDataset) -> float:
+def mean_loss(
+    module: FinetuneModule, samples: StepDataset, *, on_samples: Callable[[int], None] | None = None
+) -> float:
     """Mean cross-entropy (nats) over the supervised tokens of all samples, the same on every rank.
+
+    `on_samples` is called with the number of samples done, as they are done.
 
     Dropout is off meanwhile; the model is left as it was. Memory does not grow with the number of batches.
     """
@@ -38,6 +43,8 @@ def mean_loss(module: FinetuneModule, samples: StepDataset) -> float:
             for micro in step.micro_batches:
                 total += module.loss_of(micro.to(module.device)).double().cpu()
             count += step.num_supervised
+            if on_samples is not None:
+                on_samples(min(SAMPLES_PER_STEP, len(samples.dataset)))
     if module.placement.world_size > 1:
         shared = total.to(module.device, torch.float32) if module.device.type == "cuda" else total
         dist.all_reduce(shared)
