@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.errors import EXIT_OK, BadInputError, RecipeError
+
+if TYPE_CHECKING:
+    from finetune.recipe.shipped import ShippedRecipe
 
 
 def configure(parser: ArgumentParser) -> None:
     """Add the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    actions.add_parser("list", help="list the shipped recipes (the default)")
+    show = actions.add_parser("list", help="list the shipped recipes (the default)")
+    show.add_argument("--json", action="store_true", help="print them as JSON")
     copy = actions.add_parser("copy", help="copy one to edit", description="Copy a shipped recipe to edit.")
     copy.add_argument("name", metavar="NAME", help="a name from the list")
     copy.add_argument("dest", metavar="DEST", nargs="?", type=Path, default=Path(), help="file or folder (default: .)")
@@ -24,18 +29,31 @@ def run(arguments: Namespace) -> int:
     if arguments.action == "copy":
         print(_copy(arguments.name, arguments.dest, arguments.force))
     else:
-        sys.stdout.writelines(f"{line}\n" for line in _list())
+        recipes = _gallery()
+        as_json = getattr(arguments, "json", False)
+        print(json.dumps([vars(recipe) for recipe in recipes], indent=2) if as_json else "\n".join(map(_show, recipes)))
     return EXIT_OK
 
 
-def _list() -> list[str]:
+def _gallery() -> list[ShippedRecipe]:
     from finetune.recipe.shipped import describe_recipe, shipped_recipes
 
     recipes = shipped_recipes()
     if not recipes:
         raise RecipeError("no shipped recipes were found; the installation is incomplete")
-    width = max(map(len, recipes))
-    return [f"{name:<{width}}  {describe_recipe(path)}".rstrip() for name, path in recipes.items()]
+    return [describe_recipe(name, path) for name, path in recipes.items()]
+
+
+def _show(recipe: ShippedRecipe) -> str:
+    """Some lines: they read well on any width, where a table of seven columns would not."""
+    rows = [("model", recipe.model), ("method", recipe.method), ("hardware", recipe.hardware)]
+    measured = [recipe.time, recipe.memory, recipe.result]
+    if set(measured) == {"not measured"}:
+        rows.append(("result", "not measured"))
+    else:
+        rows += zip(("time", "memory", "result"), measured, strict=True)
+    lines = [f"  {label:<10}{value}" for label, value in rows if value]
+    return "\n".join([f"{recipe.name}  {recipe.purpose}".rstrip(), *lines, ""])
 
 
 def _copy(name: str, dest: Path, force: bool) -> Path:

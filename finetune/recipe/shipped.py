@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import RecipeError
-from finetune.recipe.load import read_document
+from finetune.recipe.load import load_recipe, read_document
 from finetune.recipe.paths import path_values
+from finetune.recipe.schema import QUANTIZED_4BIT, Recipe
 from finetune.recipe.suggest import nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIRECTIVE = "yaml-language-server:"  # tells editors the schema
 _SUFFIXES = (".yaml", ".yml")
+NOT_MEASURED = "not measured"
 
 
 def shipped_root() -> Path:
@@ -49,19 +52,68 @@ def find_recipe(text: str) -> Path:
     if path.is_dir():
         raise RecipeError(f"{text}: is a directory; name the recipe in it")
     near = nearest(name, shipped)
-    hint = f"did you mean {near}?" if near else "`finetune recipes` lists those that are shipped"
+    hint = (
+        f"did you mean {near}?"
+        if near
+        else "`finetune recipes` lists those that are shipped, `finetune new` writes one for your data"
+    )
     raise RecipeError(f"{text}: there is no such file and no shipped recipe of that name; {hint}")
 
 
-def describe_recipe(path: Path) -> str:
-    """The first line of a recipe's opening comment, less a label `Purpose:`; empty where there is none."""
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A shipped recipe as the gallery shows it: its opening comment, and what its keys say."""
+
+    name: str
+    purpose: str
+    model: str
+    method: str
+    hardware: str
+    time: str
+    """`not measured` where the recipe says so, as for the next two."""
+    memory: str
+    result: str
+
+
+def describe_recipe(name: str, path: Path) -> ShippedRecipe:
+    """What a recipe's opening comment and keys say of it."""
+    said = _opening(path)
+    recipe = load_recipe(path)
+    measured = said.get("Measured", "")
+    is_measured = bool(measured) and not measured.startswith(NOT_MEASURED)
+    # The rest of a line that was not measured is why, or what is expected; neither is a result.
+    time = re.search(r"[\d.]+ (?:s|min|minutes|h|hours)\b", measured) if is_measured else None
+    memory = re.search(r"[\d.]+ [GM]B\b", measured) if is_measured else None
+    quantization = recipe.model.quantization
+    method = ["QLoRA" if quantization in QUANTIZED_4BIT else "LoRA", f"rank {recipe.adapter.rank}"]
+    method += [quantization] if quantization != "none" else []
+    method += [f"{recipe.distributed.strategy} on {recipe.distributed.devices}"] if _is_spread(recipe) else []
+    return ShippedRecipe(
+        name=name,
+        purpose=said.get("Purpose", ""),
+        model=recipe.model.name,
+        method=", ".join(method),
+        hardware=said.get("Hardware", "").rstrip("."),
+        time=time[0] if time else NOT_MEASURED,
+        memory=memory[0] if memory else NOT_MEASURED,
+        result=measured.partition(";")[0].rstrip(".") if is_measured else NOT_MEASURED,
+    )
+
+
+def _is_spread(recipe: Recipe) -> bool:
+    return recipe.distributed.devices not in ("auto", 1)
+
+
+def _opening(path: Path) -> dict[str, str]:
+    """The labelled lines of a recipe's opening comment: `# Purpose:  ...`."""
+    said: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        said = line.strip("# ")
-        if said and not line.startswith("#"):
+        if not line.startswith("#"):
             break
-        if said and not said.startswith(_DIRECTIVE):
-            return said.removeprefix("Purpose:").strip()
-    return ""
+        label, colon, text = line.strip("# ").partition(":")
+        if colon and label.isalpha():
+            said[label] = text.strip()
+    return said
 
 
 def copied_text(path: Path) -> str:
