@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -158,7 +159,10 @@ def _epilog(example: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 failed, 2 bad input, 75 run the same command again."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    refuse_telemetry()  # before any library that reads it is imported
+    # Before any library that reads them is imported.
+    refuse_telemetry()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would fill a log
     try:
         return _run(given)
     except FinetuneError as error:
@@ -188,7 +192,13 @@ def _run(given: list[str]) -> int:
     if not given:
         parser.print_help()
         return EXIT_BAD_INPUT
-    arguments = parser.parse_args(given)
+    arguments, rest = parser.parse_known_args(given)
+    # argparse gives up a list of positional arguments at the first option: `run RECIPE --fresh key=value`.
+    late = rest if hasattr(arguments, "overrides") and all(re.match(r"[a-z_][\w.]*=", word) for word in rest) else []
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
     arguments.parser = parser
     code = load_command(VERBS[arguments.verb].module).run(arguments)
     sys.stdout.flush()

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from finetune.distributed import is_rank_zero
@@ -84,13 +85,12 @@ def _display() -> Iterator[Progress]:
         yield _shown[-1]
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        _Rest(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _Rest(table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         _shown.append(progress)
         try:
             yield progress
@@ -99,8 +99,10 @@ def _display() -> Iterator[Progress]:
 
 
 class _Rest(ProgressColumn):
-    """The words that a task's owner gives, else the time that is left."""
+    """The words that a task's owner gives, else the time that is over and the time that is left."""
 
     def render(self, task: Task) -> Text:
         """One cell."""
-        return Text(task.fields["status"]) if task.fields["status"] else TimeRemainingColumn().render(task)
+        if task.fields["status"]:
+            return Text(task.fields["status"])
+        return Text("  ").join([TimeElapsedColumn().render(task), TimeRemainingColumn().render(task)])

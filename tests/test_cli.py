@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,12 @@ def test_help_of_a_verb_ends_with_an_example(name: str) -> None:
     assert cli.VERBS[name].example.startswith(f"finetune {name} ")
 
 
+@pytest.mark.parametrize("name", PRESENT)
+def test_the_example_of_a_verb_is_understood(name: str) -> None:
+    words = shlex.split(cli.VERBS[name].example.partition(" > ")[0])
+    assert cli.build_parser(name).parse_args(words[1:]).verb == name
+
+
 def test_version() -> None:
     assert re.match(rf"finetune {re.escape(__version__)} \(python 3\.\d+\.\d+, torch \d", finetune("--version").stdout)
 
@@ -87,6 +94,15 @@ def test_mistakes_exit_2_without_a_traceback(arguments: tuple[str, ...], part: s
     assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_overrides_may_stand_behind_options(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\nmodel: {name: ./absent}\ndata: {sources: [{path: a.jsonl}]}\ntraining: {epochs: 1}\n")
+    done = finetune("preview", str(path), "--rows", "1", "training.epochs=none", "training.max_steps=2")
+    assert done.returncode == 2 and "override training.epochs=none: got" in done.stderr
+    done = finetune("run", str(path), "--fresh", "training.epochs=2", "--nope")
+    assert done.returncode == 2 and "unrecognized arguments: training.epochs=2 --nope" in done.stderr
 
 
 def test_no_verb_prints_help_and_exits_2() -> None:
@@ -233,10 +249,27 @@ def test_a_recipe_that_is_not_there_names_the_nearest(shipped: Path) -> None:
         find_recipe("recipes/dmeo.yaml")
 
 
-@pytest.mark.usefixtures("shipped")
-def test_recipes_are_listed_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_with_what_they_say_of_themselves(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
-    assert capsys.readouterr().out == "demo  A demonstration.\n"
+    said = capsys.readouterr().out
+    assert said.startswith("demo  A demonstration.\n  model     org/model\n  method    LoRA, rank 16\n")
+    assert "  result    not measured\n" in said
+    path = shipped / "recipes" / "demo.yaml"
+    opening = "# Purpose: P.\n# Hardware: one GPU.\n# Measured: right in 91 %; 12 min and 7.5 GB on an H200.\n"
+    path.write_text(opening + path.read_text().replace("org/model", "org/model, quantization: nf4"))
+    assert cli.main(["recipes", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "name": "demo",
+            "purpose": "A demonstration.",
+            "model": "org/model",
+            "method": "QLoRA, rank 16, nf4",
+            "hardware": "one GPU",
+            "time": "12 min",
+            "memory": "7.5 GB",
+            "result": "right in 91 %",
+        }
+    ]
 
 
 def test_a_copied_recipe_still_finds_its_data(shipped: Path, tmp_path: Path) -> None:

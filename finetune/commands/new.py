@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from finetune.console import say, stdout, warn
-from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError
+from finetune.errors import EXIT_OK, BadInputError, DataError, FinetuneError, ModelError
 from finetune.files import write_atomic
 from finetune.recipe.compose import Choices, compose_recipe
 from finetune.recipe.load import load_recipe
@@ -153,7 +153,9 @@ def _look_at_model(text: str) -> _Model:
     except ModelError as error:
         if _is_local(text):
             raise
-        warn(f"{str(error).splitlines()[0]}; its size is taken from its name, lengths of rows are estimated")
+        warn(
+            f"{str(error).splitlines()[0].rstrip('.')}; its size is taken from its name, lengths of rows are estimated"
+        )
         said = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", text.lower())
         size = float(said[1]) * (1e9 if said[2] == "b" else 1e6) if said else None
         return _Model(text, size, None, None)
@@ -185,8 +187,12 @@ def _token_counter(source: SourceSection, model: _Model) -> Callable[[list[dict[
     from finetune.data.template import apply_system, load_template, render
 
     tokenizer = model.tokenizer
+
+    def estimate(turns: list[dict[str, Any]]) -> int:
+        return sum(8 + len(str(turn["content"])) // CHARACTERS_PER_TOKEN for turn in turns)
+
     if tokenizer is None:
-        return lambda turns: sum(8 + len(str(turn["content"])) // CHARACTERS_PER_TOKEN for turn in turns)
+        return estimate
     named = "auto" if tokenizer.chat_template else "alpaca"
     own = tokenizer.chat_template
     template = load_template(tokenizer, DataSection(sources=[source], template=named))
@@ -196,7 +202,10 @@ def _token_counter(source: SourceSection, model: _Model) -> Callable[[list[dict[
         if turns[0]["role"] == "text":
             return len(tokenizer(turns[0]["content"]).input_ids)
         turns = apply_system(turns, None, template.system_role)
-        shown = render(template.source, dict(tokenizer.special_tokens_map), turns, add_generation_prompt=False)
+        try:
+            shown = render(template.source, dict(tokenizer.special_tokens_map), turns, add_generation_prompt=False)
+        except DataError:  # a row that the template refuses; training will name it
+            return estimate(turns)
         return len(tokenizer(shown, add_special_tokens=False).input_ids)
 
     return count
@@ -350,7 +359,9 @@ def _longest(survey: Survey, model: _Model, hardware: _Hardware) -> tuple[int, s
 def _template(survey: Survey, model: _Model) -> tuple[str, str]:
     if survey.format == "text":
         return "auto", ""
-    if model.tokenizer is None or model.tokenizer.chat_template:
+    if model.tokenizer is None:
+        return "auto", "the tokenizer's own chat template; alpaca or chatml for a base model that has none"
+    if model.tokenizer.chat_template:
         return "auto", "the tokenizer's own chat template"
     named = "alpaca" if survey.format in ("alpaca", "prompt_completion") else "chatml"
     return named, "the tokenizer has none of its own"

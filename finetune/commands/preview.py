@@ -33,13 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare the data as `run` does and show its first rows, or the ones asked for."""
     recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
 
+    from finetune.models.load import quiet_libraries
+
+    quiet_libraries()  # before bitsandbytes and Lightning are imported: both talk then
     from finetune.commands.compare import write_page
     from finetune.console import stdout
-    from finetune.models.load import quiet_libraries
     from finetune.report.preview import preview_html, print_preview
     from finetune.training.train import prepare_job
 
-    quiet_libraries()
     job = prepare_job(recipe)
     first = arguments.row or 1
     count = arguments.rows or (1 if arguments.row else _DEFAULT_ROWS)

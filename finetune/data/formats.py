@@ -220,7 +220,7 @@ def recognize_format(wanted: str, columns: Mapping[str, str], found: Iterable[st
     shapes = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in FORMATS.items())
     raise DataError(
         f"{where}: no known format has these columns. Columns found: {listed}. Known: {shapes}. "
-        "Map yours, e.g. columns: {instruction: question, output: answer}."
+        "Map yours, e.g. columns: {instruction: question, output: answer}, or let `finetune new` guess."
     )
 
 

@@ -57,7 +57,8 @@ def _work_facts(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     if run.step:
         partial = total is not None and run.step < total
         epoch = run.metrics[-1].get("epoch") if run.metrics else None
-        remark = f"of {total:,}" if partial else ("" if epoch is None else f"{epoch:.2f} epochs")
+        early = ", stopped early" if run.state in ("finished", "measuring") else ""
+        remark = f"of {total:,}{early}" if partial else ("" if epoch is None else f"{epoch:.2f} epochs")
         yield "steps", f"{run.step:,}", remark
     training = run.results.get("training")
     last: dict[str, Any] = dict(run.metrics[-1]) if run.metrics else {}

@@ -167,14 +167,16 @@ class Meter(L.Callback):
     def _say(self, row: dict[str, Any], now: float) -> None:
         left = sum(self._tokens_left[row["step"] :])
         overall = self._run_tokens / max(1e-9, now - self._started)
-        self._status = (
+        numbers = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
-            f"{row['peak_memory_bytes'] / 1e9:.2f} GB  left {clock(left / max(1e-9, overall))}"
+            f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
         )
+        rest = f"left {clock(left / max(1e-9, overall))}"
+        self._status = f"{rest}  {numbers}"  # a narrow terminal cuts what comes last
         if self._bar is not None and self._bar.is_shown:
             self._bar.update(row["step"], self._status)
         else:
-            say(f"step {row['step']}/{self._plan.num_steps}  {self._status}")
+            say(f"step {row['step']}/{self._plan.num_steps}  {numbers}  {rest}")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Hand over the adapter of a run that came to its end."""

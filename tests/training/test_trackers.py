@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_a_tracker_that_fails_never_stops_training(
     run = run_tiny(**SECTIONS, logging={"trackers": ["wandb"], "log_adapter": True})
     assert len(list(read_metrics(run.metrics))) == 4 and run.adapter.is_dir()
     assert capsys.readouterr().err.count("the service went away") == 1
+
+
+def test_fm30_training_completes_with_every_socket_blocked(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            raise OSError(101, "Network is unreachable")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    installed = [name for name in trackers.TRACKERS if importlib.util.find_spec(name) is not None]
+    run = run_tiny(**SECTIONS, logging={"trackers": installed, "project": "blocked"})
+    assert len(list(read_metrics(run.metrics))) == 4 and run.adapter.is_dir()
 
 
 def test_an_absent_package_is_refused_before_anything_is_computed(
