@@ -3,7 +3,8 @@
 `segments` is registered as an attention implementation of transformers. It computes one kernel call per
 block of the row's layout and merges a sample's view of its prefix with its view of itself by their
 log-sum-exp; the backward pass hands each block the merged result, which makes its gradient exact
-(the identity that ring attention uses: Liu et al. 2023, section 3). Without a layout it is plain causal
+(the identity that ring attention uses: Liu et al. 2023, section 3). On CUDA a row is one call of
+torch's variable-length flash kernel (`kernels.varlen`). Without a layout it is plain causal
 attention, which is also right for right-padded batches: no real token comes after a pad.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from finetune.kernels import varlen
 from finetune.kernels.layout import Block, RowLayout, attention_blocks, block_mask
 
 NAME = "segments"
@@ -68,7 +70,9 @@ def segment_attention(
         raise NotImplementedError(
             f"segments attention: a sample is longer than the sliding window of {sliding_window} tokens"
         )
-    if layout:
+    if layout and varlen.takes(query):
+        out = varlen.varlen_attention(query, key, value, layout, scaling)
+    elif layout:
         out = block_attention(query, key, value, attention_blocks(layout, num_tokens), scaling)
     else:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from finetune.cli import main
+from finetune.kernels.layout import Group, dense_mask
+from finetune.kernels.varlen import takes, varlen_attention
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.training.metrics import read_metrics
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
+
+LAYOUTS = {
+    "isolated": (Group(0, (130, 7, 300)),),
+    "shared_prefix": (Group(77, (40, 128, 1)), Group(0, (33,)), Group(20, (64, 5))),
+}
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
@@ -65,6 +73,26 @@ def test_every_optimizer_resumes(optimizer: str, tmp_path: Path) -> None:
     shutil.rmtree(folder / "adapter")
     assert run(tmp_path, "llama", "run", "cuda", training=training) == pytest.approx(whole, rel=1e-3)
     assert (folder / "adapter" / WEIGHTS_NAME).is_file()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 64), (9, 3, 64), (71, 1, 64), (8, 2, 128)])
+def test_the_flash_kernel_gives_what_the_dense_mask_gives(layout: Any, heads: int, kv_heads: int, size: int) -> None:
+    torch.manual_seed(0)
+    num_tokens = sum(group.num_tokens for group in layout) + 9
+    shapes = [(1, heads, num_tokens, size), *[(1, kv_heads, num_tokens, size)] * 2, (1, heads, num_tokens, size)]
+    *inputs, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert takes(inputs[0])
+    got = varlen_attention(*inputs, layout, None)
+    mask = dense_mask(layout, num_tokens, torch.device("cuda"))
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    want = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    got_grads = torch.autograd.grad(got, inputs, grad)
+    for ours, theirs in zip(got_grads, torch.autograd.grad(want, exact, grad.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=4e-2, atol=4e-2 * float(theirs.abs().max()))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -1,0 +1,77 @@
+"""A row as variable-length sequences gives what the dense mask gives; the kernel's place is taken by its definition."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.kernels.layout import Group, dense_mask
+from finetune.kernels.varlen import row_sequences, takes, varlen_attention
+
+ROWS = {
+    "one": (Group(0, (9,)),),
+    "isolated": (Group(0, (4, 7, 1)),),
+    "prefix": (Group(5, (3, 1, 6)),),
+    "mixed": (Group(0, (2, 3)), Group(4, (2, 2)), Group(1, (5,))),
+    "prefix alone": (Group(3, ()),),
+}
+
+
+def definition(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """torch's `varlen_attn` as its documentation and flash attention's say: causal, aligned to the end of both."""
+    assert window_size == (-1, 0) and enable_gqa == (q.shape[1] != k.shape[1])
+    assert max_q == int(starts_q.diff().max()) and max_k == int(starts_k.diff().max())
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    parts = []
+    for index in range(len(starts_q) - 1):
+        own = slice(int(starts_q[index]), int(starts_q[index + 1]))
+        seen = slice(int(starts_k[index]), int(starts_k[index + 1]))
+        rows, columns = own.stop - own.start, seen.stop - seen.start
+        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (q[own], k[seen], v[seen]))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("layout", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_sequences_are_the_dense_mask(layout: tuple[Group, ...], padding: int) -> None:
+    torch.manual_seed(0)
+    num_tokens = sum(group.num_tokens for group in layout) + padding
+    query = torch.randn(1, 4, num_tokens, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(1, 2, num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    grad = torch.randn(1, 4, num_tokens, 8, dtype=torch.float64)
+    got = varlen_attention(query, key, value, layout, 0.3, definition)
+    mask = dense_mask(layout, num_tokens)
+    want = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (query, key, value), grad),
+        torch.autograd.grad(want, (query, key, value), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_keys_are_gathered_only_for_a_prefix() -> None:
+    cpu = torch.device("cpu")
+    assert row_sequences(ROWS["isolated"], 12, cpu).keys is None
+    keys = row_sequences(ROWS["prefix"], 15, cpu).keys
+    assert keys is not None and len(keys) == 5 + (5 + 3) + (5 + 1) + (5 + 6)
+
+
+def test_torch_has_the_kernel_and_its_arguments() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    names: dict[str, Any] = dict(inspect.signature(varlen_attn).parameters)
+    assert list(names)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size", "enable_gqa"} <= set(names)
+
+
+def test_a_cpu_keeps_its_own_kernel() -> None:
+    assert not takes(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16))
