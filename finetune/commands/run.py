@@ -158,6 +158,10 @@ def _say_plan(job: Job, checkpoint: Any) -> None:
         text = f"continuing from step {checkpoint.step} of {plan.num_steps}{shown}"
     placement = job.placement
     say(f"{text}; {placement.world_size} x {placement.accelerator}, {placement.strategy}, attention {job.attention}")
+    if placement.cpu_offload and placement.accelerator == "cpu":
+        say("distributed.cpu_offload changes nothing on a CPU: the base is in host memory as it is")
+    if placement.world_size > 1:
+        say(f"work per step: the slowest of {placement.world_size} ranks has {job.rank_imbalance:.1%} over the mean")
 
 
 class _Measure:
@@ -224,6 +228,9 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
         "seconds": round(state.seconds, 1),
         "tokens_per_second": round(state.tokens / max(1e-9, state.seconds), 1),
         "peak_memory_bytes": peak_memory_bytes(),
+        "world_size": job.placement.world_size,
+        "strategy": job.placement.strategy,
+        "rank_imbalance": round(job.rank_imbalance, 4),
         "machine": describe_machine(),
         "versions": library_versions(),
     }

@@ -66,6 +66,11 @@ def round_up(length: int, multiple: int = PAD_MULTIPLE) -> int:
     return -(-length // multiple) * multiple
 
 
+def row_length(num_tokens: int) -> int:
+    """Tokens that are computed for a packed row of `num_tokens`: rows end where their tokens end."""
+    return round_up(max(num_tokens, 1), ROW_MULTIPLE if num_tokens > 8 * ROW_MULTIPLE else PAD_MULTIPLE)
+
+
 def packed_batch(dataset: TokenDataset, row: PackedRow, pad_id: int) -> MicroBatch:
     """One packed row [1, T] with its layout."""
     ids: list[np.ndarray] = []
@@ -93,7 +98,7 @@ def packed_batch(dataset: TokenDataset, row: PackedRow, pad_id: int) -> MicroBat
             real += len(input_ids)
         layout.append(Group(prefix, tuple(suffix_lens)))
         offset = start
-    num_tokens = round_up(max(offset, 1), ROW_MULTIPLE if offset > 8 * ROW_MULTIPLE else PAD_MULTIPLE)
+    num_tokens = row_length(offset)
     ids.append(np.full(num_tokens - offset, pad_id))
     return MicroBatch(
         input_ids=_int64(ids)[None],

@@ -26,10 +26,14 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Importing Lightning sets its own loggers' levels again, but not those of the modules below.
+    modules = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed")
+    for name in ("pytorch", "fabric", *modules):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    logging.getLogger("lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # the same that the base has
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 

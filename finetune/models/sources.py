@@ -67,7 +67,7 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
     A hub snapshot's files are links to blobs that are named by their hash, so nothing is read; local files are
     hashed in full (about 1 GB/s).
     """
-    folder = Path(source.location) if source.is_local else _snapshot_folder(source)
+    folder = Path(source.location) if source.is_local else snapshot_folder(source)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
     digest = hashlib.sha256()
     for file in files:
@@ -114,7 +114,8 @@ def _hub_file(model: ModelSection) -> Path:
         raise unreachable(model.name, error) from error
 
 
-def _snapshot_folder(source: ModelSource) -> Path:
+def snapshot_folder(source: ModelSource) -> Path:
+    """The directory of a hub model's downloaded files; its name is the commit."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -149,16 +150,15 @@ def _from_gguf(name: str, path: Path) -> ModelSource:
 
 def _convert_gguf(path: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     say(f"converting {path.name} to safetensors, once (about 20 s for 135 M parameters)")
     try:
         with library_bars():
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            tokenizer = load_gguf_tokenizer(path)
             model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
     except Exception as error:
         raise ModelError(f"model.name: {path} cannot be read as a GGUF model: {error}") from error
-    _split_digits(tokenizer, path)
     # The loader marks the model as quantized, and save_pretrained refuses such a model; its weights are plain by now.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -168,6 +168,15 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "source.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256_file(path)}))
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file, which cuts numbers as the file says."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    _split_digits(tokenizer, path)
+    return tokenizer
 
 
 def _split_digits(tokenizer: Any, path: Path) -> None:

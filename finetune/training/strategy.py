@@ -14,10 +14,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from finetune.errors import BadInputError
 from finetune.recipe.schema import DistributedSection, TrainingSection
@@ -75,16 +77,33 @@ def resolve_placement(section: DistributedSection) -> Placement:
     return Placement(accelerator, devices, num_nodes, strategy, section.cpu_offload)
 
 
+def launcher() -> ClusterEnvironment | None:
+    """What torchrun or srun say about this process; None where neither started it."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect():
+        # Lightning asks for this one even where srun does not set it (--ntasks instead of --ntasks-per-node).
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(_slurm_size()[0]))
+        # Preemption is ours: Lightning would requeue the job from within a signal.
+        return SLURMEnvironment(auto_requeue=False)
+    return None
+
+
 def _launched_size() -> tuple[int, int] | None:
     """(processes per machine, machines) where torchrun or srun started this process."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        local = int(env["LOCAL_WORLD_SIZE"])
-        return local, int(env["WORLD_SIZE"]) // local
-    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in (None, "bash", "interactive"):
-        nodes = int(env.get("SLURM_NNODES", "1"))
-        return int(env["SLURM_NTASKS"]) // nodes, nodes
-    return None
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    return _slurm_size() if SLURMEnvironment.detect() else None
+
+
+def _slurm_size() -> tuple[int, int]:
+    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    if tasks % nodes:
+        raise BadInputError(
+            f"SLURM_NTASKS is {tasks} on {nodes} nodes: every node needs the same number; use --ntasks-per-node"
+        )
+    return tasks // nodes, nodes
 
 
 class AdapterStrategy(ModelParallelStrategy):
@@ -120,12 +139,16 @@ def build_strategy(placement: Placement) -> Strategy:
 
 def build_trainer(placement: Placement, training: TrainingSection, callbacks: list[L.Callback]) -> L.Trainer:
     """Lightning's trainer: devices, processes, autocast and hooks; accumulation, clipping and checkpoints are ours."""
+    environment = launcher()
     return L.Trainer(
         accelerator=placement.accelerator,
         devices=placement.devices,
         num_nodes=placement.num_nodes,
         strategy=build_strategy(placement),
-        plugins=[_precision_plugin(training.precision, placement.accelerator)],
+        plugins=[
+            _precision_plugin(training.precision, placement.accelerator),
+            *([] if environment is None or placement.strategy == "single" else [environment]),
+        ],
         max_epochs=1,
         callbacks=callbacks,
         logger=False,
@@ -150,7 +173,17 @@ def shard_base(model: torch.nn.Module, layers: list[torch.nn.Module], mesh: Devi
     `model` is the module whose forward starts the computation; what is in no layer (embeddings, head) goes with it.
     """
     replicated = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    policy: OffloadPolicy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=replicated, offload_policy=policy)
     fully_shard(model, mesh=mesh, ignored_params=replicated, offload_policy=policy)
+
+
+def move_replicated(model: torch.nn.Module, device: torch.device) -> None:
+    """Move what `shard_base` left whole, and buffers, to `device`; shards stay where they are, on the host or not."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

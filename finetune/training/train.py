@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
 from finetune.training.callbacks import CheckpointWriter, Meter, NonFiniteStop, Preemption, RunState, Validation
 from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore
 from finetune.training.module import FinetuneModule
-from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan
+from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
 from finetune.training.strategy import Placement, build_trainer, resolve_placement
+from finetune.training.turns import in_turn
 
 Hook = Callable[[FinetuneModule], None]
 
@@ -50,6 +52,11 @@ class Job:
     placement: Placement
     attention: str
 
+    @cached_property
+    def rank_imbalance(self) -> float:
+        """See `steps.rank_imbalance`."""
+        return rank_imbalance(self.plan, self.data.train.lengths, self.packing, self.placement.world_size)
+
     def steps_of(self, dataset: TokenDataset, *, rank: int, world_size: int) -> StepDataset:
         """This rank's view of a data set, packed as the recipe says."""
         packing = self.packing if dataset is self.data.train else _without_prefixes(self.packing, len(dataset))
@@ -67,13 +74,14 @@ def prepare_job(recipe: Recipe) -> Job:
     placement = resolve_placement(recipe.distributed)
     if recipe.training.auto_micro_batch:
         check_placement(placement)
-    source = find_model(recipe.model)
-    config = load_config(recipe.model, source)
-    attention = choose_attention(config, recipe.model, recipe.data)
-    tokenizer = load_tokenizer(recipe.model, source)
-    token_indices(recipe.adapter, tokenizer)
-    template = load_template(tokenizer, recipe.data)
-    data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
+    with in_turn():
+        source = find_model(recipe.model)
+        config = load_config(recipe.model, source)
+        attention = choose_attention(config, recipe.model, recipe.data)
+        tokenizer = load_tokenizer(recipe.model, source)
+        token_indices(recipe.adapter, tokenizer)
+        template = load_template(tokenizer, recipe.data)
+        data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
     plan = build_plan(len(data.train), recipe.training)
     packing = _choose_packing(recipe, data.train, can_isolate=why_not_packed(config, attention) is None)
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)

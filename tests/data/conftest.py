@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,15 +94,6 @@ def saved_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 def tokenizer_of(saved_tokenizers: dict[str, Path]) -> Callable[[str], PreTrainedTokenizerBase]:
     """A fresh tokenizer of a style, as it loads from its folder."""
     return lambda style: AutoTokenizer.from_pretrained(saved_tokenizers[style])
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder() -> Path:
-    """The real SmolLM2 tokenizer, where a folder of it is named."""
-    folder = os.environ.get("FINETUNE_SMOLLM2")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("FINETUNE_SMOLLM2 names no folder with the SmolLM2 tokenizer")
-    return Path(folder)
 
 
 @pytest.fixture
