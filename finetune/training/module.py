@@ -24,11 +24,13 @@ from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
 from finetune.models.heads import check_head, decoder_of, head_logits
 from finetune.models.load import fit_vocabulary, load_base
+from finetune.models.shared import shared_source
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
 from finetune.training.steps import StepBatch, seed_micro_step
-from finetune.training.strategy import Placement, shard_base
+from finetune.training.strategy import Placement, move_replicated, shard_base
+from finetune.training.turns import in_turn
 
 
 class LossModel(torch.nn.Module):
@@ -95,10 +97,13 @@ class FinetuneModule(L.LightningModule):
         """Load, quantize, adapt and (for FSDP) shard. Called by Lightning in every process."""
         if hasattr(self, "loss_model"):
             return
-        recipe, device = self.recipe, self.trainer.strategy.root_device
+        recipe, device, source = self.recipe, self.trainer.strategy.root_device, self.source
+        if self.placement.sharded:
+            with in_turn():
+                source = shared_source(recipe.model, source, precision=recipe.training.precision)
         base = load_base(
             recipe.model,
-            self.source,
+            source,
             precision=recipe.training.precision,
             attention_name=self.attention,
             device="cpu" if self.placement.sharded else device,
@@ -117,11 +122,12 @@ class FinetuneModule(L.LightningModule):
             layers = list(decoder_layers(model))
             mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
             shard_base(self.loss_model, layers, mesh, cpu_offload=self.placement.cpu_offload)
-        self.loss_model.to(device)
-        if self.placement.sharded:
+            move_replicated(self.loss_model, device)
             # FSDP takes the module that is called first for the root: a layer, if generation came before a step.
             with torch.no_grad():
                 self.loss_of(empty_batch(self.tokenizer.pad_token_id).to(device))
+        else:
+            self.loss_model.to(device)
         if recipe.training.compile:
             for layer in decoder_layers(model):
                 layer.compile()

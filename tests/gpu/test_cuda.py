@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from finetune.kernels.layout import Group, dense_mask
 from finetune.kernels.varlen import takes, varlen_attention
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.training.metrics import read_metrics
+from tests.integration.test_load_memory import WORKER, write_large_model
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 
 LAYOUTS = {
@@ -95,15 +100,68 @@ def test_the_flash_kernel_gives_what_the_dense_mask_gives(layout: Any, heads: in
         torch.testing.assert_close(ours.double(), theirs, rtol=4e-2, atol=4e-2 * float(theirs.abs().max()))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_several_gpus_shard_the_base(tmp_path: Path) -> None:
-    """In processes of their own: this one keeps a CUDA context and no process group."""
-    import subprocess
-    import sys
+SETTINGS = [
+    ("ddp", "llama", {"quantization": "none"}, {"packing": "isolated"}, {}),
+    ("fsdp", "falcon", {"quantization": "nf4"}, {"packing": "none"}, {"gradient_checkpointing": True}),
+    ("fsdp", "llama", {"quantization": "none"}, {"packing": "shared_prefix"}, {"gradient_checkpointing": True}),
+    ("fsdp", "llama", {"quantization": "nf4"}, {"packing": "isolated"}, {}),
+]
 
-    write_model(tmp_path / "llama", "llama")
-    write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(24))
-    recipe = tiny_recipe(tmp_path, tmp_path / "llama", tmp_path / "rows.jsonl", name="fsdp", distributed={})
-    recipe["distributed"] = {"strategy": "fsdp", "devices": 2}
-    path = write_recipe(tmp_path / "fsdp.yaml", recipe)
-    subprocess.run([sys.executable, "-m", "finetune", "run", str(path)], check=True, timeout=300)
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("cpu_offload", [False, True])
+@pytest.mark.parametrize(("strategy", "architecture", "model", "data", "training"), SETTINGS)
+def test_fm01_fm23_processes_on_gpus_give_the_losses_of_one_on_a_cpu(
+    processes: int,
+    cpu_offload: bool,
+    strategy: str,
+    architecture: str,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    training: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs")
+    if cpu_offload and strategy == "ddp":
+        pytest.skip("only a sharded base is offloaded")
+    want = run(tmp_path, architecture, "cpu", "cpu", model=dict(model))
+    recipe = json.loads((tmp_path / "cpu.yaml").read_text())
+    recipe |= {"name": "gpus", "distributed": {"strategy": strategy, "cpu_offload": cpu_offload}}
+    recipe["data"] |= data
+    recipe["training"] |= training
+    torchrun(processes, "-m", "finetune", "run", str(write_recipe(tmp_path / "gpus.yaml", recipe)))
+    rows = read_metrics(tmp_path / "runs" / "gpus" / "metrics.csv")
+    tolerance = 1e-3 if model["quantization"] == "none" else 2e-2
+    assert [float(row["loss"] or 0.0) for row in rows] == pytest.approx(want, rel=tolerance)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(("processes", "cpu_offload"), [(1, True), (2, False)])
+def test_loading_never_holds_the_whole_base_on_a_gpu(
+    quantization: str, processes: int, cpu_offload: bool, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs")
+    model = write_large_model(tmp_path / "large")
+    recipe = tiny_recipe(
+        tmp_path,
+        model,
+        write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(8)),
+        model={"name": str(model), "quantization": quantization},
+        training={"max_steps": 1, "precision": "bf16-mixed"},
+    )
+    recipe["distributed"] = {"strategy": "fsdp", "cpu_offload": cpu_offload}
+    results = tmp_path / "results.jsonl"
+    torchrun(processes, str(WORKER), str(results), str(write_recipe(tmp_path / "r.yaml", recipe)))
+    size = (model / "model.safetensors").stat().st_size / (1 if quantization == "none" else 3.5)
+    for line in map(json.loads, results.read_text().splitlines()):
+        assert line["gpu_peak"] < 0.75 * size
+
+
+def torchrun(processes: int, *arguments: str) -> None:
+    """In processes of their own: this one keeps a CUDA context and no process group."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[2])}
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]

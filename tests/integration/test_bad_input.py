@@ -98,6 +98,15 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(models: Path, 
     assert list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir()) == []
 
 
+def test_int8_cannot_be_sharded_and_nothing_is_looked_for(tmp_path: Path, capsys: Any) -> None:
+    recipe = tiny_recipe(tmp_path, tmp_path / "no-model", tmp_path / "no-rows.jsonl")
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    assert main(["run", str(path), "model.quantization=int8", "distributed.strategy=fsdp"]) == 2
+    error = capsys.readouterr().err
+    assert "int8 weights cannot be sharded by distributed.strategy fsdp; use nf4" in " ".join(error.split())
+    assert "no-model" not in error and "no-rows" not in error
+
+
 def test_an_output_that_cannot_be_written_is_named(models: Path, tmp_path: Path, capsys: Any) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,20 +134,37 @@ def test_two_nodes_are_two_agents(tiny: Callable[..., Path]) -> None:
 
 
 def test_a_rank_that_dies_ends_the_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """Rank 1 raises in its second step: every process is gone within a minute and its traceback is shown."""
+    """Rank 1 of four raises in its second step: within a minute every process is gone; its traceback is shown."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
         "    import finetune.training.module as module\n"
         "    step = module.FinetuneModule.training_step\n"
         "    def broken(self, batch, index):\n"
-        "        if self.step == 1: raise RuntimeError('rank one broke')\n"
+        "        if self.step == 1:\n"
+        "            open(os.environ['DIED'], 'w').close()\n"
+        "            raise RuntimeError('rank one broke')\n"
         "        return step(self, batch, index)\n"
         "    module.FinetuneModule.training_step = broken\n"
     )
     recipe = tiny("dies", "llama")
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
-    command = [*TORCHRUN, "2", "-m", "finetune", "run", str(recipe), "distributed.strategy=ddp"]
-    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    died = tmp_path / "died"
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "DIED": str(died)}
+    command = [*TORCHRUN, "4", "-m", "finetune", "run", str(recipe), "distributed.strategy=fsdp"]
+    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    assert time.time() - died.stat().st_mtime < 60
     assert done.returncode != 0
-    assert "rank one broke" in done.stderr
+    assert "rank one broke" in done.stderr and "in broken" in done.stderr
+    assert processes_with(f"DIED={died}") == []
+
+
+def processes_with(variable: str) -> list[int]:
+    """Processes whose environment holds `variable`: a run's own, wherever they were started from."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it has ended meanwhile
+    return found

@@ -19,6 +19,7 @@ from finetune.models.adapters import WEIGHTS_NAME
 from finetune.recipe.schema import DataSection, SourceSection
 from finetune.training.metrics import read_metrics
 from finetune.training.steps import StepPlan
+from tests.tiny import CONFIGS, SIZES, _config
 from tests.training.conftest import RunTiny
 
 LR = 1e-2
@@ -67,10 +68,29 @@ SPLITS: dict[str, dict[str, Any]] = {
 def test_fm01_any_split_gives_the_reference_gradient(
     architecture: str, run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path
 ) -> None:
-    """SGD's first step is lr x gradient; Lion would hide its size, so the gradient is read off AdamW's first moment."""
+    check_splits(architecture, SPLITS, run_tiny, model_dir(architecture), rows)
+
+
+def test_fm11_alibi_is_right_in_padded_batches_and_refused_in_packed_rows(
+    run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Falcon-RW's kind: positions come from the row, so a packed sample would see itself far from its beginning."""
+    values = {**SIZES, "alibi": True, "multi_query": False, "parallel_attn": False}
+    monkeypatch.setitem(CONFIGS, "falcon_alibi", lambda: _config("FalconConfig", **values))
+    run_tiny("falcon_alibi", expect=2, data={"packing": "isolated", "max_tokens": 200})
+    assert "falcon with ALiBi derives positions from the row" in " ".join(capsys.readouterr().err.split())
+    splits = {name: SPLITS[name] for name in ("1 x 8", "3 x 3")} | {"auto": {"data": {"packing": "auto"}}}
+    check_splits("falcon_alibi", splits, run_tiny, model_dir("falcon_alibi"), rows)
+
+
+def check_splits(
+    architecture: str, splits: dict[str, dict[str, Any]], run_tiny: RunTiny, model: Path, rows: Path
+) -> None:
+    """Loss and gradient of a step are the reference's in every split."""
+    # The gradient is read off AdamW's first moment.
     initial = run_tiny(architecture, "initial", training={**ONE_STEP, "optimizer": {"lr": 1e-30}}).adapter
-    want_loss, want = reference_step(model_dir(architecture), rows, initial)
-    for name, split in SPLITS.items():
+    want_loss, want = reference_step(model, rows, initial)
+    for name, split in splits.items():
         sections = {key: dict(value) for key, value in split.items()}
         sections["training"] = {**ONE_STEP, **sections.get("training", {})}
         sections["data"] = {
@@ -80,7 +100,7 @@ def test_fm01_any_split_gives_the_reference_gradient(
             **sections.get("data", {}),
         }
         if "model" in sections:
-            sections["model"]["name"] = str(model_dir(architecture))
+            sections["model"]["name"] = str(model)
         run = run_tiny(architecture, name.replace(" ", "_"), **sections)
         state = torch.load(run.checkpoints / "step-000001" / "trainer_state.pt", weights_only=True)
         moments = [entry["exp_avg"] / 0.1 for entry in state["optimizer"]["state"].values()]

@@ -1,0 +1,74 @@
+"""One copy of a base for all processes of a machine: converted once into the cache, and mapped from there by each.
+
+Weights that lie on disk as the model computes with them are mapped, not read: all processes share the pages, and the
+system can drop them. A base to be quantized, or of another dtype, is first written as it will be used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finetune.console import say
+from finetune.errors import FinetuneError
+from finetune.files import locked, new_directory
+from finetune.machine import release_freed_memory
+from finetune.models.load import base_dtype, load_base, load_config, quantization_config
+from finetune.models.sources import CONVERSION_VERSION, ModelSource, snapshot_folder
+from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
+from finetune.run_dir import cache_dir
+
+
+def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -> ModelSource:
+    """Where all processes of this machine can map the base from; made by the first that comes, for whom others wait.
+
+    Raises:
+        FinetuneError: if the cache cannot be written.
+        ModelError: if the base cannot be loaded.
+    """
+    quantized = model.quantization in QUANTIZED_4BIT
+    as_on_disk = not quantized and load_config(model, source).dtype == base_dtype(model, precision)
+    if as_on_disk or model.trust_remote_code:  # code of its own is not written with the weights
+        return source
+    folder = (
+        cache_dir() / "models" / f"{Path(source.location).name}-{model.quantization}-{_key(model, source, precision)}"
+    )
+    try:
+        with locked(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _convert(model, source, precision, folder)
+    except OSError as error:
+        raise FinetuneError(
+            f"{folder}: cannot be written: {error.strerror or error}. All processes of this machine share the base "
+            "from there; make room, or set FINETUNE_CACHE to another folder"
+        ) from error
+    return ModelSource(source.name, str(folder), None)
+
+
+def _convert(model: ModelSection, source: ModelSource, precision: str, folder: Path) -> None:
+    what = model.quantization if model.quantization != "none" else str(base_dtype(model, precision))
+    say(f"converting {source.name} to {what} in {folder}, once")
+    base: Any = load_base(model, source, precision=precision, attention_name="sdpa", shardable=True)
+    with new_directory(folder) as temporary:
+        base.save_pretrained(temporary)
+    del base
+    release_freed_memory()
+
+
+def _key(model: ModelSection, source: ModelSource, precision: str) -> str:
+    """Hash of what the converted weights follow from; local files count by name, size and time, not by content."""
+    folder = Path(source.location) if source.is_local else snapshot_folder(source)
+    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    quantization = quantization_config(model, shardable=True)
+    parts = {
+        "folder": str(folder.resolve()),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "dtype": str(base_dtype(model, precision)),
+        "quantization": None if quantization is None else quantization.to_dict(),
+        "libraries": {name: version(name) for name in ("transformers", "bitsandbytes")},
+        "conversion": CONVERSION_VERSION,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
