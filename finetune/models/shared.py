@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from finetune.console import say
 from finetune.errors import FinetuneError
 from finetune.files import locked, new_directory
@@ -33,16 +35,15 @@ def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -
     as_on_disk = not quantized and load_config(model, source).dtype == base_dtype(model, precision)
     if as_on_disk or model.trust_remote_code:  # code of its own is not written with the weights
         return source
-    folder = (
-        cache_dir() / "models" / f"{Path(source.location).name}-{model.quantization}-{_key(model, source, precision)}"
-    )
+    name = f"{Path(source.location).name}-{model.quantization}-{_key(model, source, precision)}"
+    folder = cache_dir() / "models" / name
     try:
         with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _convert(model, source, precision, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise FinetuneError(
-            f"{folder}: cannot be written: {error.strerror or error}. All processes of this machine share the base "
+            f"{folder}: cannot be written: {error}. All processes of this machine share the base "
             "from there; make room, or set FINETUNE_CACHE to another folder"
         ) from error
     return ModelSource(source.name, str(folder), None)
@@ -61,7 +62,8 @@ def _convert(model: ModelSection, source: ModelSource, precision: str, folder: P
 def _key(model: ModelSection, source: ModelSource, precision: str) -> str:
     """Hash of what the converted weights follow from; local files count by name, size and time, not by content."""
     folder = Path(source.location) if source.is_local else snapshot_folder(source)
-    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    # A hub model's folder is named by its commit, and may not hold all its files yet.
+    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file() and source.is_local}
     quantization = quantization_config(model, shardable=True)
     parts = {
         "folder": str(folder.resolve()),

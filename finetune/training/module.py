@@ -18,7 +18,7 @@ from finetune.errors import FinetuneError
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
-from finetune.machine import peak_memory_bytes
+from finetune.machine import peak_memory_bytes, release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
@@ -126,6 +126,8 @@ class FinetuneModule(L.LightningModule):
             # FSDP takes the module that is called first for the root: a layer, if generation came before a step.
             with torch.no_grad():
                 self.loss_of(empty_batch(self.tokenizer.pad_token_id).to(device))
+            # On a CPU what was gathered for it would stay with the process.
+            release_freed_memory()
         else:
             self.loss_model.to(device)
         if recipe.training.compile:

@@ -14,7 +14,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
@@ -139,16 +141,16 @@ def build_strategy(placement: Placement) -> Strategy:
 
 def build_trainer(placement: Placement, training: TrainingSection, callbacks: list[L.Callback]) -> L.Trainer:
     """Lightning's trainer: devices, processes, autocast and hooks; accumulation, clipping and checkpoints are ours."""
+    plugins: list[Any] = [_precision_plugin(training.precision, placement.accelerator)]
     environment = launcher()
+    if environment is not None and placement.strategy != "single":
+        plugins.append(environment)
     return L.Trainer(
         accelerator=placement.accelerator,
         devices=placement.devices,
         num_nodes=placement.num_nodes,
         strategy=build_strategy(placement),
-        plugins=[
-            _precision_plugin(training.precision, placement.accelerator),
-            *([] if environment is None or placement.strategy == "single" else [environment]),
-        ],
+        plugins=plugins,
         max_epochs=1,
         callbacks=callbacks,
         logger=False,

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import count
 
-from torch.distributed import DistError, Store
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from finetune.errors import FinetuneError

@@ -63,15 +63,18 @@ def test_processes_of_a_machine_share_one_copy_of_the_base(tmp_path: Path) -> No
     environment["FINETUNE_CACHE"] = str(tmp_path / "cache")
     done = subprocess.run([*command, *recipes], env=environment, timeout=250, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    peaks: dict[str, list[int]] = {}
-    for line in map(json.loads, results.read_text().splitlines()):
-        print(line)
-        peaks.setdefault(line["recipe"], []).append(line["peak"])
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
     (converted,) = (tmp_path / "cache" / "models").glob("large-nf4-*/model.safetensors")
     base = {"nf4": converted.stat().st_size, "bf16": (models["large"] / "model.safetensors").stat().st_size}
-    print(base)
+    print("bytes:", base, *lines, sep="\n")  # with -s, for docs/reliability.md
+    # Besides the shard there are adapters, and while the head is checked one weight that is not quantized: much beside
+    # an NF4 base as small as this one.
+    most = {"nf4": 1.0, "bf16": 0.75}
     for name, size in base.items():
-        assert len(peaks[name]) == 2
-        assert max(peaks[name]) < 0.75 * size, name
-    # The first time, one process quantizes all of it; the others never hold more than their shards.
-    assert sum(peaks["first-nf4"]) < 2.0 * base["nf4"]
+        held = [line for line in lines if line["recipe"] == name]
+        assert len(held) == 2
+        for line in held:
+            assert line["converting"] < 0.1 * size and line["loading"] < 0.1 * size, line
+            assert line["sharding"] < most[name] * size and line["after"] < most[name] * size, line
+    # Only the first of the processes that come first quantizes.
+    assert sum(line["converting"] > 0.1 * base["nf4"] for line in lines if line["recipe"] == "first-nf4") == 1
