@@ -6,6 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# In a merged model's directory: what was merged and measured; and, where its check failed, why it must not be used.
+MERGE_RECORD = "merge.json"
+UNUSABLE = "UNUSABLE.md"
+
 
 @dataclass(frozen=True)
 class RunDir:

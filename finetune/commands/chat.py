@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import say, warn
@@ -24,7 +23,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /e
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument("run", metavar="RUN", help="a run's directory, an adapter's, or hf://ORG/NAME")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
     parser.add_argument(
         "--compare", action="store_true", help="the bare base answers too, in a conversation of its own"
@@ -46,9 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
     limit_kernel_cache()
     # Ahead of the imports below: bitsandbytes gives advice while it is imported.
     quiet_libraries()
+    from finetune.export.places import find_place
     from finetune.inference.load import load_run
 
-    loaded = load_run(arguments.run, base_only=arguments.base)
+    loaded = load_run(find_place(arguments.run).folder, base_only=arguments.base)
+    if arguments.compare and loaded.recipe.adapter.rewrites_base:
+        raise BadInputError(
+            f"--compare: adapter.init {loaded.recipe.adapter.init} took its initial values off the base's weights, so "
+            "switching the adapter off gives no base; talk to the base alone: --base"
+        )
     system = loaded.recipe.data.system if arguments.system is None else arguments.system
     speakers = [Speaker("adapter", system)]
     if arguments.compare:

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.console import stdout, warn
 from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError
-from finetune.files import sha256_file
-from finetune.run_dir import RunDir
 
 if TYPE_CHECKING:
     from finetune.export.targets import Job, Target
-
-# What `finetune merge` leaves beside a merged model.
-_RECORD = "merge.json"
-_FOLDER = "export"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "run", metavar="RUN", type=Path, nargs="?", help="a run's directory, one of its adapters, or a merged model's"
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="a run's directory, an adapter's, a merged model's, or hf://ORG/NAME",
     )
     parser.add_argument("--to", metavar="TARGET", help="gguf, gguf-lora, ollama, vllm or tgi; see --list")
     parser.add_argument("--type", metavar="TYPE", help="f16 (default for models), bf16, q8_0; for gguf-lora f32, f16")
     parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="file, or directory for ollama (default: in RUN/export)"
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="file, or directory for ollama (default: in RUN/export; of a lone adapter in export/ beside it)",
     )
     parser.add_argument("--list", action="store_true", help="list the targets")
 
@@ -73,47 +72,47 @@ def _list_targets(targets: dict[str, Target]) -> None:
 
 def _plan(arguments: argparse.Namespace, target: Target) -> Job:
     """The job, with the adapter or the merged model that the target needs."""
+    from finetune.export.places import find_place, staleness
     from finetune.export.targets import Job
     from finetune.inference.load import find_run
-    from finetune.recipe.load import load_recipe
+    from finetune.recipe.moved import load_moved_recipe
 
-    path: Path = arguments.run
+    place = find_place(arguments.run)
+    path = place.folder
     if _is_model(path):
         if target.needs == "adapter":
             raise ModelError(f"{path}: is a whole model, and --to {arguments.to} takes an adapter; give the run")
-        name = path.resolve().name
-        _check_merged(path, None)
-        return Job(name, path, path, arguments.out, path.parent / _FOLDER, arguments.type, None)
+        _require_usable(path)
+        recipe_path = path / "recipe.yaml"
+        recipe = load_moved_recipe(recipe_path) if recipe_path.is_file() else None
+        return Job(path.resolve().name, place.given, path, arguments.out, place.exports, arguments.type, recipe)
     recipe_path, adapter = find_run(path)
-    recipe = load_recipe(recipe_path)
-    folder = path / _FOLDER
+    recipe = load_moved_recipe(recipe_path)
     if target.needs == "adapter":
         if adapter is None:
-            raise ModelError(f"{path}: holds no adapter and no whole checkpoint; train first: finetune run RECIPE")
-        return Job(recipe.name, path, adapter, arguments.out, folder, arguments.type, recipe)
-    merged = RunDir(path).merged
-    if not _is_model(merged):
-        merged = path.with_name(f"{path.name}-merged")  # where a lone adapter's goes
-    if not _is_model(merged):
+            raise ModelError(
+                f"{place.given}: holds no adapter and no whole checkpoint; train first: finetune run RECIPE"
+            )
+        return Job(recipe.name, place.given, adapter, arguments.out, place.exports, arguments.type, recipe)
+    if not _is_model(place.merged):
         raise ModelError(
-            f"{path}: has not been merged yet, and --to {arguments.to} needs it; run: finetune merge {path}"
+            f"{place.given}: has not been merged yet, and --to {arguments.to} needs it; run: finetune merge "
+            f"{place.given}. A model that was merged with --out DIR is exported by its own name: finetune export DIR"
         )
-    _check_merged(merged, adapter)
-    return Job(recipe.name, path, merged, arguments.out, folder, arguments.type, recipe)
+    _require_usable(place.merged)
+    if (warning := staleness(place.merged, adapter)) is not None:
+        warn(warning)
+    return Job(recipe.name, place.given, place.merged, arguments.out, place.exports, arguments.type, recipe)
 
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
 
-def _check_merged(folder: Path, adapter: Path | None) -> None:
-    """Whether a merged model passed its check, and is of the adapter that stands there now."""
-    path = folder / _RECORD
-    if not path.is_file():
-        return
-    record = json.loads(path.read_text(encoding="utf-8"))
+def _require_usable(folder: Path) -> None:
+    """Whether a merged model has passed its check."""
+    from finetune.export.places import read_record
+
+    record = read_record(folder)
     if not record.get("usable", True):
         raise BadInputError(f"{folder}: failed its check when it was merged ({record.get('fault')}); merge it again")
-    weights = adapter / "adapter_model.safetensors" if adapter is not None else None
-    if weights is not None and sha256_file(weights) != record.get("adapter_sha256"):
-        warn(f"{folder} was merged from another adapter than {adapter}; run finetune merge again to export the new one")

@@ -1,4 +1,4 @@
-"""`finetune generate`: completions of prompts by a run's model on stdout, one line of numbers on stderr."""
+"""`finetune generate`: completions of prompts on stdout, by a run's model or by several adapters on one base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ Message = dict[str, Any]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's directory, an adapter's, or hf://ORG/NAME")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="answer with this adapter instead, on RUN's base; repeatable: the base is loaded once, and each "
+        "answers every prompt",
+    )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a user's message; repeatable")
     parser.add_argument(
         "--file",
@@ -44,21 +52,36 @@ def run(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise BadInputError("nothing to complete; give --prompt TEXT or --file FILE")
 
+    if arguments.base and arguments.adapter:
+        raise BadInputError("--base: is the base without an adapter; leave out one of --base and --adapter")
+
     from finetune.machine import limit_kernel_cache
     from finetune.models.load import quiet_libraries
 
     limit_kernel_cache()
     # Ahead of the imports below: bitsandbytes gives advice while it is imported.
     quiet_libraries()
-    from finetune.inference.load import load_run
-
-    loaded = load_run(arguments.run, base_only=arguments.base)
+    models = _load(arguments)
     start = time.perf_counter()
-    completions = _complete(loaded, prompts, arguments)
+    answers = [_complete(loaded, prompts, arguments) for loaded in models]
     seconds = time.perf_counter() - start
-    _print(prompts, completions, as_json=arguments.json)
-    _say_speed(completions, seconds)
+    _print(prompts, answers, arguments.adapter, as_json=arguments.json)
+    _say_speed([completion for completions in answers for completion in completions], seconds)
     return EXIT_OK
+
+
+def _load(arguments: argparse.Namespace) -> list[LoadedRun]:
+    """The run's model, or one for each --adapter, which share theirs."""
+    from finetune.export.places import find_place
+    from finetune.inference.load import load_run
+    from finetune.inference.several import load_adapters
+
+    if not arguments.adapter:
+        if arguments.run is None:
+            raise BadInputError("name a run: finetune generate RUN --prompt TEXT, or adapters by --adapter RUN")
+        return [load_run(find_place(arguments.run).folder, base_only=arguments.base)]
+    on = None if arguments.run is None else (arguments.run, find_place(arguments.run).folder)
+    return load_adapters([(given, find_place(given).folder) for given in arguments.adapter], on)
 
 
 def _complete(loaded: LoadedRun, prompts: list[list[Message]], arguments: argparse.Namespace) -> list[Completion]:
@@ -67,6 +90,7 @@ def _complete(loaded: LoadedRun, prompts: list[list[Message]], arguments: argpar
 
     evaluation = loaded.recipe.evaluation
     system = loaded.recipe.data.system if arguments.system is None else arguments.system
+    loaded.activate()
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens or evaluation.max_new_tokens,
         temperature=arguments.temperature,
@@ -78,21 +102,29 @@ def _complete(loaded: LoadedRun, prompts: list[list[Message]], arguments: argpar
     return generate(loaded.model, loaded.tokenizer, ids, stops, sampling, batch_size=evaluation.batch_size)
 
 
-def _print(prompts: list[list[Message]], completions: list[Completion], *, as_json: bool) -> None:
-    for messages, completion in zip(prompts, completions, strict=True):
+def _print(
+    prompts: list[list[Message]], answers: list[list[Completion]], adapters: list[str], *, as_json: bool
+) -> None:
+    """Every prompt with its completion, or with those of each adapter in the order given."""
+    labels: list[str | None] = [*adapters] if adapters else [None]
+    for messages, *completions in zip(prompts, *answers, strict=True):
         prompt = str(messages[-1]["content"])
-        if as_json:
-            row = {
-                "prompt": prompt,
-                "completion": completion.text,
-                "num_tokens": len(completion.token_ids),
-                "stopped": completion.stopped,
-            }
-            print(json.dumps(row, ensure_ascii=False))
-        elif len(completions) == 1:
-            print(completion.text)
-        else:
-            print(f">>> {prompt}\n{completion.text}\n")
+        if not as_json and (len(prompts) > 1 or len(labels) > 1):
+            print(f">>> {prompt}")
+        for label, completion in zip(labels, completions, strict=True):
+            if as_json:
+                row = {
+                    **({} if label is None else {"adapter": label}),
+                    "prompt": prompt,
+                    "completion": completion.text,
+                    "num_tokens": len(completion.token_ids),
+                    "stopped": completion.stopped,
+                }
+                print(json.dumps(row, ensure_ascii=False))
+            else:
+                print(f"[{label}] {completion.text}" if len(labels) > 1 else completion.text)
+        if not as_json and len(prompts) > 1:
+            print()
 
 
 def _say_speed(completions: list[Completion], seconds: float) -> None:

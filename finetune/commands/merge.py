@@ -17,7 +17,7 @@ from finetune import __version__
 from finetune.console import say, stdout, warn
 from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError
 from finetune.files import new_directory, replace_directory, sha256_file
-from finetune.run_dir import RunDir
+from finetune.run_dir import MERGE_RECORD, UNUSABLE
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +25,16 @@ if TYPE_CHECKING:
     from finetune.export.check_merge import CheckSample, Drift, MergeCheck
     from finetune.export.merge import Merge
     from finetune.export.merge_plan import MergePlan
+    from finetune.export.places import RunPlace
     from finetune.recipe.schema import Recipe
 
-RECORD = "merge.json"
-UNUSABLE = "UNUSABLE.md"
 # Of the memory that is free, what the merged model may take for its check; beyond, its layers stay on disk.
 MAX_MEMORY_SHARE = 0.6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument("run", metavar="RUN", help="a run's directory, an adapter's, or hf://ORG/NAME")
     parser.add_argument(
         "--base",
         choices=("auto", "original", "dequantized"),
@@ -45,7 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "bf16", "fp16", "fp32"), help="of the merged weights (default: the recipe's)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/merged")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: RUN/merged; of an adapter without its run NAME-merged"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,13 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
     folder = merge_run(arguments.run, base=arguments.base, dtype=arguments.dtype, out=arguments.out)
     stdout.print(f"merged    {folder}", markup=False)
     stdout.print(f"measure   finetune evaluate {arguments.run} --merged {folder}", markup=False)
+    stdout.print(f"publish   finetune push {folder} ORG/NAME", markup=False)
     return EXIT_OK
 
 
-def merge_run(path: Path, *, base: str | None = None, dtype: str | None = None, out: Path | None = None) -> Path:
-    """Merge the adapter of `path` into its base; returns the directory of a model that has passed the check.
+def merge_run(given: str | Path, *, base: str | None = None, dtype: str | None = None, out: Path | None = None) -> Path:
+    """Merge the adapter of a run into its base; returns the directory of a model that has passed the check.
 
-    `base` and `dtype` default to the recipe's. What stood in the directory is replaced when the new model is whole.
+    `given` is the run's directory, an adapter's, or hf://ORG/NAME. `base` and `dtype` default to the recipe's. What
+    stood in the directory is replaced when the new model is whole.
 
     Raises:
         BadInputError: there is no adapter, it does not fit the base, or the directory holds something else.
@@ -72,16 +75,18 @@ def merge_run(path: Path, *, base: str | None = None, dtype: str | None = None, 
             directory with a file UNUSABLE.md that says why.
     """
     from finetune.export.check_merge import find_fault, held_out_samples
+    from finetune.export.places import find_place
 
-    merge, template = _prepare(path, base, dtype)
-    folder = _output_folder(path, merge.adapter) if out is None else out
+    place = find_place(given)
+    merge, template = _prepare(place, base, dtype)
+    folder = place.merged if out is None else out
     _require_replaceable(folder)
     _say_plan(merge)
     merge.check_disk(folder)
     samples, rows = held_out_samples(merge.recipe, merge.tokenizer, template)
     if not rows.startswith(("validation", "evaluation")):
         warn(f"the merged model is checked on {rows}")
-    reference, merge = _reference(path, merge, samples)
+    reference, merge = _reference(place.folder, merge, samples)
     new = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -89,7 +94,8 @@ def merge_run(path: Path, *, base: str | None = None, dtype: str | None = None, 
             plan = merge.write(temporary)
             check = _check(merge, temporary, reference, samples, rows)
             fault = find_fault(check, merge.recipe.merge)
-            _record(temporary, merge, plan, check, fault)
+            _record(temporary, merge, plan, check, fault, place)
+            _copy_origin(temporary, merge)
         replace_directory(new, folder)
     except OSError as error:
         raise FinetuneError(f"{folder}: cannot be written: {error.strerror or error}") from error
@@ -99,59 +105,24 @@ def merge_run(path: Path, *, base: str | None = None, dtype: str | None = None, 
     return folder
 
 
-def _prepare(path: Path, base: str | None, dtype: str | None) -> tuple[Merge, Any]:
+def _prepare(place: RunPlace, base: str | None, dtype: str | None) -> tuple[Merge, Any]:
     """The planned merge and the chat template, nothing of the model loaded."""
-    from finetune.data.template import load_template
     from finetune.export.merge import Merge, choose_base
-    from finetune.inference.load import find_run
-    from finetune.models.adapters import token_indices
-    from finetune.models.load import load_tokenizer
-    from finetune.models.sources import find_model
-    from finetune.recipe.load import load_recipe
+    from finetune.inference.load import find_run, load_run_recipe, load_saved_template, require_same_base
 
-    recipe_path, adapter = find_run(path)
+    recipe_path, adapter = find_run(place.folder)
     if adapter is None:
-        raise ModelError(f"{path}: holds no adapter and no whole checkpoint; train first: finetune run RECIPE")
-    recipe = load_recipe(recipe_path)
-    source = find_model(recipe.model)
-    _require_same_base(adapter, source)
-    model, data = recipe.model, recipe.data
-    saved = (adapter / "tokenizer_config.json").is_file()
-    if saved:
-        model = model.model_copy(update={"tokenizer": str(adapter)})
-    tokenizer = load_tokenizer(model, source)
-    if saved and tokenizer.chat_template:
-        data = data.model_copy(update={"template": "auto"})
-    token_indices(recipe.adapter, tokenizer)
-    template = load_template(tokenizer, data)
+        raise ModelError(f"{place.given}: holds no adapter and no whole checkpoint; train first: finetune run RECIPE")
+    recipe, source = load_run_recipe(recipe_path, adapter)
+    require_same_base(adapter, source)
+    tokenizer, template = load_saved_template(recipe, source, adapter)
     chosen = choose_base(recipe, base or recipe.merge.base)
     merge = Merge(recipe, source, adapter, tokenizer, template.stop_token_ids, chosen, dtype or recipe.merge.dtype)
     return merge, template
 
 
-def _require_same_base(adapter: Path, source: Any) -> None:
-    from finetune.models.sources import fingerprint
-
-    path = adapter / "fingerprints.json"
-    if not path.is_file():
-        return
-    recorded = json.loads(path.read_text())["base"]
-    if (found := fingerprint(source))["sha256"] != recorded["sha256"]:
-        raise ModelError(
-            f"model.name: {source.name} is not the base that the adapter was trained on: its files hash to "
-            f"{found['sha256'][:12]} instead of {recorded['sha256'][:12]} (revision {recorded['revision']}); "
-            "bring the old files back, or set model.revision in the run's recipe.yaml"
-        )
-
-
-def _output_folder(path: Path, adapter: Path) -> Path:
-    if adapter.resolve() == path.resolve():
-        return path.with_name(f"{path.name}-merged")
-    return RunDir(path).merged
-
-
 def _require_replaceable(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MERGE_RECORD).is_file():
         raise BadInputError(f"{folder}: holds something that no merge has written; give another directory by --out")
     if folder.exists() and not folder.is_dir():
         raise BadInputError(f"{folder}: is a file; give a directory by --out")
@@ -191,7 +162,7 @@ def _reference(path: Path, merge: Merge, samples: list[CheckSample]) -> tuple[_R
     device = base_of(model).get_input_embeddings().weight.device
     with inference_mode(model):
         wanted = list(log_probs(base_of(model), samples))
-    rewrites = merge.recipe.adapter.init.startswith(("pissa", "olora"))
+    rewrites = merge.recipe.adapter.rewrites_base
     merge = replace(merge, device=device)
     if rewrites:
         merge = residual_weights(merge, model)
@@ -293,7 +264,7 @@ def _say_check(check: MergeCheck) -> None:
             say(f"  {name:22} KL {drift.kl:.2e}   top-1 agreement {drift.agreement:.1%}")
 
 
-def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, fault: str | None) -> None:
+def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, fault: str | None, place: RunPlace) -> None:
     from finetune.models.adapters import WEIGHTS_NAME
     from finetune.recipe.load import dump_recipe
 
@@ -319,15 +290,26 @@ def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, faul
         "base_model": {"name": merge.source.name, "revision": merge.source.revision},
         "dtype": str(merge.torch_dtype).removeprefix("torch."),
         "tied_embeddings": plan.tied,
+        "run": None if place.run is None else str(place.run.root.absolute()),
         "adapter_sha256": sha256_file(merge.adapter / WEIGHTS_NAME),
         "recipe_sha256": hashlib.sha256(dump_recipe(merge.recipe).encode()).hexdigest(),
         "check": check.to_json(),
         "finetune_version": __version__,
         "weights": weights,
     }
-    (folder / RECORD).write_text(json.dumps(values, indent=1) + "\n")
+    (folder / MERGE_RECORD).write_text(json.dumps(values, indent=1) + "\n")
     if fault is not None:
         (folder / UNUSABLE).write_text(
             f"# Do not use this model\n\nIt was merged, and then failed its check: {fault}.\n\n"
-            f"The figures are in {RECORD} under `check`. The adapter itself is as good as it was.\n"
+            f"The figures are in {MERGE_RECORD} under `check`. The adapter itself is as good as it was.\n"
         )
+
+
+def _copy_origin(folder: Path, merge: Merge) -> None:
+    """What the model can be pushed, exported and trained again from, wherever it is moved: recipe and fingerprints."""
+    from finetune.recipe.load import dump_recipe
+
+    (folder / "recipe.yaml").write_text(dump_recipe(merge.recipe), encoding="utf-8")
+    fingerprints = merge.adapter / "fingerprints.json"
+    if fingerprints.is_file():
+        shutil.copyfile(fingerprints, folder / fingerprints.name)

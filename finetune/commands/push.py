@@ -11,7 +11,9 @@ from finetune.errors import EXIT_OK
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's directory, an adapter's, a merged model's, or hf://ORG/NAME"
+    )
     parser.add_argument(
         "repo", metavar="ORG/NAME", nargs="?", help="the repository (default: the recipe's hub.repo_id)"
     )

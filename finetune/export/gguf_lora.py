@@ -17,7 +17,7 @@ from finetune.errors import ModelError
 from finetune.export.gguf_architectures import Architecture, find_architecture, tensor_rows
 from finetune.export.gguf_file import GgufTensor, weight_type, write_gguf
 from finetune.export.gguf_model import gguf_name
-from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME
+from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base
 
 _REMEDY = "merge it (finetune merge RUN) and export the merged model (--to gguf)"
 
@@ -60,7 +60,7 @@ def read_settings(adapter: Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter.
 
     Raises:
-        ModelError: there is none, or it is no LoRA.
+        ModelError: there is none, it is no LoRA, or it fits a changed base only.
     """
     path = adapter / CONFIG_NAME
     try:
@@ -69,6 +69,11 @@ def read_settings(adapter: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read as an adapter's configuration: {error}") from error
     if settings.get("peft_type") != "LORA":
         raise ModelError(f"{path}: peft_type {settings.get('peft_type')} is not LORA; {_REMEDY}")
+    if init := init_off_the_base(settings):
+        raise ModelError(
+            f"{path}: init_lora_weights {init} took its initial values off the base's weights, and the base's GGUF has "
+            f"them still; {_REMEDY}"
+        )
     return settings
 
 

@@ -14,22 +14,18 @@ from typing import Any, Literal
 
 from finetune.errors import BadInputError, ModelError
 from finetune.export.model_card_privacy import holds_local_path, holds_secret
-from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.export.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE, RunPlace, find_place, staleness
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.moved import load_moved_recipe
 from finetune.recipe.paths import path_values
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_root
-from finetune.run_dir import RunDir
+from finetune.run_dir import MERGE_RECORD, UNUSABLE, RunDir
 
 Kind = Literal["adapter", "merged", "gguf"]
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FINGERPRINTS = "fingerprints.json"
-RECIPE = "recipe.yaml"
 TEMPLATE = "chat_template.jinja"
-# Written by `finetune merge`: what was merged and measured; and, into a model that did not pass its check, why.
-MERGE_RECORD = "merge.json"
-UNUSABLE = "UNUSABLE.md"
 # A checkpoint's state, and a card that is written anew.
 _LEFT_OUT = {"trainer_state.pt", "manifest.json", "README.md"}
 _VOCABULARY = {"tokenizer.json", "vocab.json", "merges.txt"}
@@ -72,25 +68,31 @@ class Contents:
         return dict(sorted(sizes.items()))
 
 
-def collect(path: Path, *, merged: bool = False, gguf: Path | None = None) -> Contents:
-    """What a push of the run or adapter at `path` holds: the adapter, or its merged model, or one GGUF file.
+def collect(given: str | Path, *, merged: bool = False, gguf: Path | None = None) -> Contents:
+    """What a push holds of a run, an adapter or a merged model: the adapter, the merged model, or one GGUF file.
+
+    A merged model's own directory gives that model.
 
     Raises:
         ModelError: there is no adapter, no merged model, or no such GGUF file.
         RecipeError: the run's recipe cannot be read.
         BadInputError: a file that would be pushed holds a token or key.
     """
-    adapter, run = find_adapter(path)
-    original = load_recipe(adapter / RECIPE)
-    fingerprints = _read_json(adapter / FINGERPRINTS)
+    place = find_place(given)
+    origin = _origin(place)
+    original = load_moved_recipe(origin / RECIPE)
+    fingerprints = _read_json(origin / FINGERPRINTS)
     base = name_base(original, fingerprints)
-    kind: Kind = "gguf" if gguf is not None else "merged" if merged else "adapter"
+    kind: Kind = "gguf" if gguf is not None else "merged" if merged or place.is_merged else "adapter"
     files: dict[str, Path | bytes] = {}
+    warnings = []
     if gguf is not None:
         files[gguf.name] = _require_gguf(gguf)
+    elif kind == "merged":
+        files.update(_files_of(_require_merged(place)))
+        warnings += [] if place.is_merged else [text for text in [staleness(place.merged, origin)] if text]
     else:
-        folder = _merged_folder(path, run) if merged else adapter
-        files.update(_files_of(folder))
+        files.update(_files_of(origin))
     if MERGE_RECORD in files:
         files[MERGE_RECORD] = _merge_record(files[MERGE_RECORD], base)
     recipe = portable_recipe(original, base, has_template=TEMPLATE in files)
@@ -100,31 +102,34 @@ def collect(path: Path, *, merged: bool = False, gguf: Path | None = None) -> Co
     if fingerprints:
         files[FINGERPRINTS] = (json.dumps(fingerprints, indent=2) + "\n").encode()
     if kind == "adapter":
-        files[ADAPTER_CONFIG] = _adapter_config(adapter, base)
-    contents = Contents(kind, files, original, recipe, base, fingerprints, run)
+        files[ADAPTER_CONFIG] = _adapter_config(origin, base)
+    contents = Contents(kind, files, original, recipe, base, fingerprints, place.run, warnings)
     if not base.on_hub:
         contents.warnings.append(_no_hub_base(base))
     _check_texts(contents)
     return contents
 
 
-def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
-    """The final adapter's directory of a run, or `path` itself where it is one; and the run that it belongs to.
+def _origin(place: RunPlace) -> Path:
+    """Where recipe and fingerprints are: the final adapter's directory, or that of the merged model itself.
 
     Raises:
-        ModelError: there is no such directory, or no adapter of ours in it.
+        ModelError: there is no finished adapter.
     """
-    if not path.is_dir():
-        raise ModelError(f"{path}: no such directory; give a run's directory, such as runs/my-run")
-    path = path.resolve()
-    folder = path if (path / ADAPTER_CONFIG).is_file() else RunDir(path).adapter
+    if place.is_merged:
+        if not (place.folder / RECIPE).is_file():
+            raise ModelError(
+                f"{place.given}: holds no recipe.yaml; merge again: finetune merge RUN --out {place.given}"
+            )
+        return place.folder.resolve()
+    folder = place.folder.resolve()
+    folder = folder if (folder / ADAPTER_CONFIG).is_file() else RunDir(folder).adapter
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE) if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{path}: holds no finished adapter ({missing[0]} is missing); train first: finetune run RECIPE"
+            f"{place.given}: holds no finished adapter ({missing[0]} is missing); train first: finetune run RECIPE"
         )
-    run = RunDir(folder.parent)
-    return folder, run if run.adapter == folder and run.recipe.is_file() else None
+    return folder
 
 
 def name_base(recipe: Recipe, fingerprints: dict[str, Any]) -> BaseModel:
@@ -183,12 +188,16 @@ def _files_of(folder: Path) -> dict[str, Path | bytes]:
     return {name.as_posix(): path for name, path in names if not any(part.startswith(".") for part in name.parts)}
 
 
-def _merged_folder(path: Path, run: RunDir | None) -> Path:
-    if run is None or not (run.merged / "config.json").is_file():
-        raise ModelError(f"{path}: holds no merged model; make it first: finetune merge {path}")
-    if (run.merged / UNUSABLE).is_file():
-        raise ModelError(f"{run.merged}: its check failed, see {UNUSABLE} in it; merge again: finetune merge {path}")
-    return run.merged
+def _require_merged(place: RunPlace) -> Path:
+    folder = place.merged
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{place.given}: holds no merged model; make it first: finetune merge {place.given}. One that was merged "
+            "with --out DIR is pushed by its own name: finetune push DIR ORG/NAME"
+        )
+    if (folder / UNUSABLE).is_file():
+        raise ModelError(f"{folder}: its check failed, see {UNUSABLE} in it; merge again: finetune merge RUN")
+    return folder
 
 
 def _require_gguf(path: Path) -> Path:
@@ -208,6 +217,7 @@ def _merge_record(path: Path | bytes, base: BaseModel) -> bytes:
     assert isinstance(path, Path)
     record = _read_json(path)
     record["base_model"] = {"name": base.name, "revision": base.revision}
+    record.pop("run", None)  # a place of this machine
     return (json.dumps(record, indent=1) + "\n").encode()
 
 

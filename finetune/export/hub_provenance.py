@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.console import say, warn
 from finetune.errors import BadInputError, ModelError
-from finetune.export.hub_client import HubClient
-from finetune.export.hub_contents import ADAPTER_CONFIG, FINGERPRINTS, RECIPE, name_base
-from finetune.recipe.load import load_recipe, read_document
-from finetune.recipe.paths import path_values
-from finetune.recipe.shipped import shipped_root
+from finetune.export.hub_contents import FINGERPRINTS, name_base
+from finetune.export.places import ADAPTER_CONFIG, HUB_SCHEME, RECIPE, resolve_repo
+from finetune.recipe.load import load_recipe
+from finetune.recipe.moved import find_files
 from finetune.run_dir import RunDir
 
-HUB_SCHEME = "hf://"
-_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
-# What an adapter's repository holds; a merged model or a GGUF file beside it is not fetched.
-_ADAPTER_FILES = ("adapter_*", "*.json", "*.yaml", "*.jinja", "*.model", "*.txt", "README.md")
 _SMALL_FILES = (RECIPE, FINGERPRINTS, "adapter_config.json", "chat_template.jinja", "*token*.json", "tokenizer*")
 # Overrides of these may change what a run is made from.
 _SHAPING = ("model", "data")
@@ -41,35 +35,6 @@ class Provenance:
 def is_provenance(text: str) -> bool:
     """Whether `text` names a pushed repository or a directory that holds an adapter's or a run's recipe."""
     return text.startswith(HUB_SCHEME) or (Path(text).expanduser() / RECIPE).is_file()
-
-
-def resolve_repo(
-    address: str,
-    *,
-    endpoint: str | None = None,
-    token: str | None = None,
-    patterns: Sequence[str] = _ADAPTER_FILES,
-) -> Path:
-    """The local folder of `hf://ORG/NAME[@REVISION]`, its adapter's files downloaded into the Hub's cache.
-
-    Raises:
-        BadInputError: the address is malformed.
-        FinetuneError: there is no such repository or revision, no access, or no network and nothing cached.
-    """
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        raise BadInputError(f"{address}: write it as hf://ORG/NAME, or hf://ORG/NAME@REVISION")
-    from huggingface_hub import snapshot_download
-
-    repo_id, revision = match.groups()
-    client = HubClient(endpoint=endpoint, token=token)
-
-    def download() -> str:
-        return snapshot_download(
-            repo_id, revision=revision, endpoint=endpoint, token=token, allow_patterns=list(patterns), max_workers=4
-        )
-
-    return Path(client.call(repo_id, download))
 
 
 def load_provenance(
@@ -101,7 +66,14 @@ def load_provenance(
     pinned = base.on_hub and base.revision is not None and recipe.model.gguf_file is None
     if pinned and not taken & {"model", "model.name", "model.revision"}:
         found.append(f"model.revision={json.dumps(base.revision)}")
-    found += _find_files(given, path, taken)
+    moved, missing = find_files(path, taken)
+    for value in missing:
+        key = ".".join(value.path)
+        raise BadInputError(
+            f"{given}: {key}: {value.text} was a file of the machine that trained it and is not here; "
+            f"give yours: finetune run {given} {key}=PATH"
+        )
+    found += moved
     if not fingerprints:
         warn(f"{given}: holds no fingerprints, so it cannot be told whether base and data are the same")
     return Provenance(given, path, found, fingerprints)
@@ -155,33 +127,3 @@ def _read_fingerprints(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _find_files(given: str, recipe_path: Path, taken: Set[str]) -> list[str]:
-    """Overrides for local files of the recipe that are not beside it but elsewhere; keys in `taken` are left out."""
-    data = read_document(recipe_path).value
-    found = []
-    for value in path_values(data):
-        key = ".".join(value.path)
-        if value.path == ("data", "template") or any(key == one or key.startswith(f"{one}.") for one in taken):
-            continue
-        if "://" in value.text or not _is_local(value.text, value.suffixes):
-            continue
-        places = [Path(value.absolute(recipe_path.parent)), shipped_root() / value.text, Path.cwd() / value.text]
-        place = next((place for place in places if _exists(place)), None)
-        if place is None:
-            raise BadInputError(
-                f"{given}: {key}: {value.text} was a file of the machine that trained it and is not here; "
-                f"give yours: finetune run {given} {key}=PATH"
-            )
-        if place != places[0]:
-            found.append(f"{key}={json.dumps(str(place), ensure_ascii=False)}")
-    return found
-
-
-def _is_local(text: str, suffixes: tuple[str, ...]) -> bool:
-    return text.startswith((".", "/", "~")) or text.lower().endswith(suffixes) or any(mark in text for mark in "*?[")
-
-
-def _exists(path: Path) -> bool:
-    return any(path.parent.glob(path.name)) if any(mark in path.name for mark in "*?[") else path.exists()

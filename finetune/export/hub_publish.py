@@ -29,7 +29,7 @@ class PushOptions:
     overwrite: bool = False
     message: str | None = None
 
-    def command(self, run: Path, repo_id: str) -> str:
+    def command(self, run: str | Path, repo_id: str) -> str:
         """The command line that does the same again."""
         parts = ["finetune", "push", str(run), repo_id]
         parts += ["--merged"] if self.merged else []
@@ -40,7 +40,7 @@ class PushOptions:
         return shlex.join(parts)
 
 
-def plan_push(run: Path, repo_id: str | None, options: PushOptions) -> tuple[str, Contents]:
+def plan_push(run: str | Path, repo_id: str | None, options: PushOptions) -> tuple[str, Contents]:
     """The repository and what a push would hold, its card included; asks no server.
 
     Raises:
@@ -54,7 +54,7 @@ def plan_push(run: Path, repo_id: str | None, options: PushOptions) -> tuple[str
 
 
 def push_run(
-    run: Path,
+    run: str | Path,
     repo_id: str | None = None,
     options: PushOptions | None = None,
     *,
@@ -127,7 +127,7 @@ def push_recipe(hub: HubSection, run: Path) -> Pushed:
     return push_run(run, hub.repo_id, PushOptions(public=not hub.private))
 
 
-def _require_repo(repo_id: str | None, run: Path) -> str:
+def _require_repo(repo_id: str | None, run: str | Path) -> str:
     if repo_id is None:
         raise BadInputError(f"where to? Give ORG/NAME (finetune push {run} ORG/NAME), or set hub.repo_id in the recipe")
     return repo_id

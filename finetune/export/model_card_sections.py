@@ -13,7 +13,7 @@ from finetune.export.hub_contents import Contents
 from finetune.export.model_card_licence import Licences
 from finetune.export.model_card_privacy import redact
 from finetune.recipe.load import dump_recipe
-from finetune.recipe.schema import Recipe, SourceSection
+from finetune.recipe.schema import LoraSection, Recipe, SourceSection
 
 _VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "tokenizers")
 _MISSING = "–"
@@ -84,13 +84,8 @@ def usage(contents: Contents, repo_id: str) -> str:
         return "## Use\n\n" + _code("python", load) + "\n\nvLLM:\n\n" + _code("sh", f"vllm serve {repo_id}")
     parts = ["## Use", "PEFT:", _code("python", _peft(contents, repo_id))]
     parts += ["vLLM:", _vllm(contents, repo_id, name)]
-    convert = (
-        f"hf download {repo_id} --local-dir {name}\n"
-        f"finetune export {name} --to gguf-lora\n"
-        "llama-server -m BASE.gguf --lora ADAPTER.gguf"
-    )
-    parts += ["llama.cpp, with the base as a GGUF file and the adapter converted:", _code("sh", convert)]
-    own = f"hf download {repo_id} --local-dir {name}\nfinetune generate {name} --prompt 'your text'"
+    parts += ["llama.cpp:", _code("sh", _llama_cpp(contents, repo_id, name))]
+    own = f"finetune generate hf://{repo_id} --prompt 'your text'"
     return "\n\n".join([*parts, "`finetune`:", _code("sh", own)])
 
 
@@ -224,13 +219,32 @@ def _peft(contents: Contents, repo_id: str) -> str:
 
 def _vllm(contents: Contents, repo_id: str, name: str) -> str:
     adapter = contents.recipe.adapter
-    if adapter.use_dora or adapter.modules_to_save or adapter.trainable_tokens:
-        return "Servers take plain LoRA only; merge this adapter first (`finetune merge`)."
+    if not _is_plain(adapter):
+        return f"Servers take plain LoRA only; merge this adapter first: `finetune merge hf://{repo_id}`."
     rank = max(adapter.rank, *adapter.rank_pattern.values(), 8)
     allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
     served = contents.base.name if contents.base.on_hub else "PATH_OF_THE_BASE"
     flags = f"--enable-lora --max-lora-rank {allowed} --lora-modules {name}={repo_id}"
     return _code("sh", f"vllm serve {served} {flags}")
+
+
+def _llama_cpp(contents: Contents, repo_id: str, name: str) -> str:
+    recipe = contents.recipe
+    if not _is_plain(recipe.adapter):
+        return (
+            f"finetune merge hf://{repo_id} --out {name}-merged\n"
+            f"finetune export {name}-merged --to gguf\n"
+            f"llama-server --jinja -m export/{name}-merged-f16.gguf"
+        )
+    return (
+        f"finetune export hf://{repo_id} --to gguf-lora\n"
+        f"llama-server --jinja -m BASE.gguf --lora export/{recipe.name}-lora-f32.gguf"
+    )
+
+
+def _is_plain(adapter: LoraSection) -> bool:
+    """Whether programs that read LoRA matrices alone load it on the published base."""
+    return not (adapter.use_dora or adapter.modules_to_save or adapter.trainable_tokens or adapter.rewrites_base)
 
 
 def _source_name(source: SourceSection) -> str:

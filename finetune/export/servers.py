@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetune.errors import BadInputError, ModelError
-from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME
+from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base
 
 # Values that --max-lora-rank takes; an adapter's own rank may be any up to it.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -137,7 +137,7 @@ def tgi_command(base: str, revision: str | None, name: str, adapter: Path, facts
     return shlex.join([*parts, "--lora-adapters", f"{name}={adapter.absolute()}"])
 
 
-def require_clean(server: str, adapter: Path, run: Path, findings: list[Finding]) -> None:
+def require_clean(server: str, adapter: Path, run: str, findings: list[Finding]) -> None:
     """Refuse an adapter with findings.
 
     Raises:
@@ -146,7 +146,7 @@ def require_clean(server: str, adapter: Path, run: Path, findings: list[Finding]
     if not findings:
         return
     lines = [f"  - {finding.what}" + (f"; {finding.remedy}" if finding.remedy else "") for finding in findings]
-    merge = _MERGE.format(run=shlex.quote(str(run)))
+    merge = _MERGE.format(run=shlex.quote(run))
     raise BadInputError("\n".join([f"{adapter}: {server} cannot serve this adapter:", *lines, f"  {merge}"]))
 
 
@@ -166,6 +166,11 @@ def _lint_kind(facts: AdapterFacts) -> list[Finding]:
         (settings.get("layer_replication"), "layer_replication: the base's layers are repeated"),
         (settings.get("alora_invocation_tokens"), "alora_invocation_tokens: it is an activated LoRA"),
     ]
+    if init := init_off_the_base(settings):
+        what = (
+            f"init_lora_weights: {init} took its initial values off the base's weights, which are served as published"
+        )
+        checks.append((True, what))
     return [Finding(what) for is_set, what in checks if is_set]
 
 

@@ -23,7 +23,7 @@ class Job:
     """One export."""
 
     name: str  # of the run
-    run: Path  # as the user gave it
+    run: str  # as the user gave it
     source: Path  # the adapter's directory, or the merged model's, whichever the target needs
     out: Path | None  # a file or a directory, as the target writes; None: `folder`, and a name of its own
     folder: Path

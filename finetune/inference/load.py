@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from finetune.data.template import ChatTemplate, load_template
 from finetune.errors import ModelError
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, attach_adapter, load_adapter, token_indices
 from finetune.models.load import fit_vocabulary, load_base, load_tokenizer
-from finetune.models.sources import find_model
+from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.recipe.load import load_recipe
+from finetune.recipe.moved import find_files
 from finetune.recipe.schema import Recipe
-from finetune.run_dir import RunDir
+from finetune.run_dir import MERGE_RECORD, RunDir
 
 # What decoding can use; everything else becomes sdpa.
 _DECODING_ATTENTION = ("eager", "sdpa", "flash_attention_2")
+_FINGERPRINTS = "fingerprints.json"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -32,6 +35,13 @@ class LoadedRun:
     template: ChatTemplate
     recipe: Recipe
     adapter_path: Path | None  # None for the bare base
+    adapter_name: str = "default"  # in the PeftModel; several runs may share one
+
+    def activate(self) -> None:
+        """Switch a model that several adapters share to this one."""
+        if self.adapter_path is not None:
+            model: Any = self.model
+            model.set_adapter(self.adapter_name)
 
 
 def load_run(path: Path, *, base_only: bool = False) -> LoadedRun:
@@ -50,16 +60,9 @@ def load_run(path: Path, *, base_only: bool = False) -> LoadedRun:
             f"{path}: holds no adapter and no whole checkpoint; train first (finetune run RECIPE), "
             "or ask for the base model (--base)"
         )
-    recipe = load_recipe(recipe_path)
-    source = find_model(recipe.model)
-    tokenizer, template = _load_template(recipe, source, adapter)
-    model: Any = load_base(
-        recipe.model,
-        source,
-        precision=recipe.training.precision,
-        attention_name=recipe.model.attention if recipe.model.attention in _DECODING_ATTENTION else "sdpa",
-        device=_device(recipe),
-    )
+    recipe, source = load_run_recipe(recipe_path, adapter)
+    tokenizer, template = load_saved_template(recipe, source, adapter)
+    model: Any = load_run_base(recipe, source)
     if base_only:
         return LoadedRun(model, tokenizer, template, recipe, None)
     assert adapter is not None
@@ -78,6 +81,11 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise ModelError(f"{path}: no such directory; give a run's directory, such as runs/my-run")
     run = RunDir(path)
+    if (path / MERGE_RECORD).is_file():
+        raise ModelError(
+            f"{path}: is a merged model; give the run that it was made of, or serve it: finetune export {path} "
+            "--to gguf"
+        )
     if not run.recipe.is_file():
         foreign = (path / CONFIG_NAME).is_file()
         what = "an adapter that was not trained by finetune" if foreign else "not a run"
@@ -102,7 +110,52 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _load_template(recipe: Recipe, source: Any, adapter: Path | None) -> tuple[Any, ChatTemplate]:
+def load_run_recipe(recipe_path: Path, adapter: Path | None) -> tuple[Recipe, ModelSource]:
+    """A run's recipe and its base model; local files of a recipe that has moved are looked for here.
+
+    Raises:
+        RecipeError: the recipe cannot be used.
+        ModelError: the base cannot be found, or one was found under its name that is another.
+    """
+    moved, missing = find_files(recipe_path)
+    for value in missing:
+        if value.path == ("model", "name") and value.text.startswith("./"):
+            raise ModelError(
+                f"model.name: {value.text} was a directory or file of the machine that trained this adapter, and is "
+                f"not here; put a copy of that base into the working directory, named {Path(value.text).name}"
+            )
+    recipe = load_recipe(recipe_path, moved)
+    source = find_model(recipe.model)
+    if adapter is not None and any(override.startswith("model.name=") for override in moved):
+        require_same_base(adapter, source)
+    return recipe, source
+
+
+def require_same_base(adapter: Path, source: ModelSource) -> None:
+    """Compare the base at hand with the one that the adapter was trained on, where that is recorded.
+
+    Raises:
+        ModelError: they differ.
+    """
+    recorded = recorded_base(adapter)
+    if recorded and (found := fingerprint(source))["sha256"] != recorded["sha256"]:
+        raise ModelError(
+            f"model.name: {source.name} is not the base that the adapter was trained on: its files hash to "
+            f"{found['sha256'][:12]} instead of {recorded['sha256'][:12]} (revision {recorded['revision']}); "
+            "bring the old files back, or set model.revision in the run's recipe.yaml"
+        )
+
+
+def recorded_base(adapter: Path) -> dict[str, Any]:
+    """Name, revision and sha256 of the base that an adapter was trained on; empty where nothing is recorded."""
+    path = adapter / _FINGERPRINTS
+    if not path.is_file():
+        return {}
+    recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
+    return recorded
+
+
+def load_saved_template(recipe: Recipe, source: ModelSource, adapter: Path | None) -> tuple[Any, ChatTemplate]:
     """Tokenizer and template as saved with the adapter, else the base's and the recipe's."""
     model, data = recipe.model, recipe.data
     saved = adapter is not None and (adapter / "tokenizer_config.json").is_file()
@@ -114,6 +167,17 @@ def _load_template(recipe: Recipe, source: Any, adapter: Path | None) -> tuple[A
         data = data.model_copy(update={"template": "auto"})
     token_indices(recipe.adapter, tokenizer)
     return tokenizer, load_template(tokenizer, data)
+
+
+def load_run_base(recipe: Recipe, source: ModelSource) -> Any:
+    """The base model, quantized as in training, with an attention that can decode."""
+    return load_base(
+        recipe.model,
+        source,
+        precision=recipe.training.precision,
+        attention_name=recipe.model.attention if recipe.model.attention in _DECODING_ATTENTION else "sdpa",
+        device=_device(recipe),
+    )
 
 
 def _device(recipe: Recipe) -> torch.device:

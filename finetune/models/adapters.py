@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
 _INIT = {"default": True}
+# PEFT's initial values that are taken off the base's weights; saved as they are, they fit only that changed base.
+# An adapter that PEFT has converted (`path_initial_model_for_weight_conversion`) says true instead.
+_OFF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def attach_adapter(base: Any, adapter: LoraSection, tokenizer: Any, *, seed: int) -> PeftModel:
@@ -70,6 +73,12 @@ def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
     )
 
 
+def init_off_the_base(settings: Mapping[str, Any]) -> str | None:
+    """The initial values of an adapter's configuration, if the base's published weights are not those it needs."""
+    init = settings.get("init_lora_weights")
+    return init if isinstance(init, str) and init.startswith(_OFF_THE_BASE) else None
+
+
 def linear_names(base: Any) -> list[str]:
     """Short names of the linear layers that an adapter can target, output head excepted."""
     head = base.get_output_embeddings()
@@ -112,9 +121,9 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under PEFT's names, on the CPU."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+def adapter_state(model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
+    """An adapter's tensors under PEFT's names, on the CPU."""
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
 
@@ -135,7 +144,22 @@ def _jsonable(value: Any) -> Any:
     return getattr(value, "value", str(value))
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
+    """Add the adapter in `folder` under `name` to a model that has one already, which stays the active one.
+
+    Raises:
+        ModelError: as `load_adapter`.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(name, config)
+    for parameter_name, parameter in model.named_parameters():
+        if name in parameter_name.split("."):
+            parameter.data = parameter.data.float()  # as in training, whatever the base's dtype
+    load_adapter(model, folder, name)
+
+
+def load_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
     """Fill the attached adapter from `folder`, every key matched.
 
     Raises:
@@ -146,13 +170,13 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         state = load_file(path)
     except Exception as error:
         raise ModelError(f"{path}: cannot be read as an adapter: {error}") from error
-    own = adapter_state(model)
+    own = adapter_state(model, name)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or unknown or shapes:
         raise ModelError(
             f"{path}: does not fit the model: {len(missing)} tensors missing ({', '.join(missing[:2])}), "
             f"{len(unknown)} unknown ({', '.join(unknown[:2])}), {len(shapes)} of another shape "
             f"({', '.join(sorted(shapes)[:2])})"
         )
-    set_peft_model_state_dict(model, state)
+    set_peft_model_state_dict(model, state, adapter_name=name)

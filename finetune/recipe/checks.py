@@ -40,10 +40,6 @@ def _is_packed(recipe: Recipe) -> bool:
     return recipe.data.packing in ("isolated", "shared_prefix")
 
 
-def _changes_base(recipe: Recipe) -> bool:
-    return recipe.adapter.init == "olora" or recipe.adapter.init.startswith("pissa")
-
-
 def _names_local_model(recipe: Recipe) -> bool:
     return os.path.isabs(recipe.model.name) or recipe.model.name.startswith("package://")
 
@@ -112,7 +108,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "adapter.init",
-        lambda r: _changes_base(r) and _is_quantized(r),
+        lambda r: r.adapter.rewrites_base and _is_quantized(r),
         "{value} rewrites base weights, which model.quantization {recipe.model.quantization} cannot hold "
         "exactly; use init default, or quantization none",
     ),

@@ -73,6 +73,11 @@ class LoraSection(Section):
     rank_pattern: dict[str, PositiveInt] = Field({}, description="Module name (regex) to its own rank.")
     alpha_pattern: dict[str, float] = Field({}, description="Module name (regex) to its own alpha.")
 
+    @property
+    def rewrites_base(self) -> bool:
+        """Whether the initial values are taken off the base's weights, so that switching it off gives no base."""
+        return self.init.startswith(("pissa", "olora"))
+
 
 # Further adapters (IA3, prefix, LLaMA-Adapter) join as a union discriminated by `method`.
 AdapterSection = LoraSection

@@ -274,10 +274,11 @@ def test_the_lora_is_what_merging_adds_to_the_weights(
         ({"use_dora": True}, "is a DoRA adapter, which a GGUF LoRA cannot hold; merge it"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save, or biases"),
         ({"trainable_token_indices": [5]}, "an adapter of embeddings"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa took its initial values off the base's weights"),
     ],
-    ids=["dora", "modules_to_save", "tokens"],
+    ids=["dora", "modules_to_save", "tokens", "pissa"],
 )
-def test_an_adapter_that_is_more_than_a_lora_is_refused(
+def test_fm28_an_adapter_that_is_more_than_a_lora_is_refused(
     models: dict[str, Path], settings: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
     write_adapter(tmp_path / "adapter", models["llama"], **settings)

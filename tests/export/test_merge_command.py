@@ -171,7 +171,8 @@ def test_without_the_data_built_in_questions_are_used(
     shutil.copy(recipe, alone / "recipe.yaml")
     assert main(["merge", str(alone)]) == 0
     assert "built-in questions" in capsys.readouterr().err
-    assert read_record(own_run / "adapter-merged")["check"]["num_samples"] == 4
+    # Of a run's final adapter, so it is the run's merged model.
+    assert read_record(own_run / "merged")["check"]["num_samples"] == 4
 
 
 def test_a_run_without_an_adapter(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,8 +92,8 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         "![Loss over the optimizer steps](loss.svg)",
         'AutoPeftModelForCausalLM.from_pretrained("acme/tickets")',
         "vllm serve acme/base --enable-lora --max-lora-rank 8 --lora-modules tickets=acme/tickets",
-        "finetune export tickets --to gguf-lora",
-        "finetune generate tickets --prompt",
+        "finetune export hf://acme/tickets --to gguf-lora",
+        "finetune generate hf://acme/tickets --prompt",
         "finetune run hf://acme/tickets",
         "## Limits",
     ):
@@ -152,7 +152,8 @@ def test_servers_are_not_promised_what_they_refuse(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "llama")
     dora, _ = build_run(tmp_path, base, adapter={"rank": 4, "use_dora": True})
     body = card_of(collect(dora))[1]
-    assert "--enable-lora" not in body and "finetune merge" in body
+    assert "--enable-lora" not in body and "gguf-lora" not in body
+    assert "finetune merge hf://acme/tickets --out tickets-merged\n" in body
 
 
 def test_licences_come_from_what_is_near(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from finetune.errors import BadInputError, FinetuneError
 from finetune.export import hub_client
 from finetune.export.hub import check_access, push
 from finetune.export.hub_contents import collect
-from finetune.export.hub_provenance import check_fingerprints, load_provenance, resolve_repo
+from finetune.export.hub_provenance import check_fingerprints, load_provenance
 from finetune.export.hub_publish import PushOptions, check_push, push_recipe, push_run
+from finetune.export.places import resolve_repo
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import HubSection
 from finetune.training.train import job_fingerprints, prepare_job
@@ -470,7 +471,7 @@ assert main(["push", run, repo]) == 0
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from finetune.export.hub_provenance import resolve_repo
+from finetune.export.places import resolve_repo
 ids = torch.tensor([[1, 7, 9, 30, 4]])
 tokenizer = AutoTokenizer.from_pretrained(repo)
 messages = [{"role": "user", "content": "count the boats"}]
@@ -490,7 +491,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_fm12_fm27_a_fresh_process_pulls_what_was_pushed(
+def test_fm12_a_fresh_process_pulls_what_was_pushed(
     base: Path, tmp_path: Path, hub: HubDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Push, then pull with PEFT's two loaders, private base and adapter: the logits and the prompt of this process."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import FalconConfig, GPT2Config, LlamaConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, LlamaConfig
 
 from finetune.errors import BadInputError, ModelError
 from finetune.export.servers import (
@@ -24,6 +25,7 @@ from finetune.export.servers import (
     vllm_command,
     vllm_rank,
 )
+from tests.tiny import write_model
 
 BOTH = ("vllm", "tgi")
 LLAMA = LlamaConfig(num_hidden_layers=2)
@@ -52,6 +54,8 @@ BAD: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (BOTH, {"trainable_token_indices": [5]}, "embeddings of single tokens"),
     (BOTH, {"bias": "all"}, "bias: all changes biases of the base"),
     (BOTH, {"lora_bias": True}, "its matrices have biases"),
+    (BOTH, {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 took its initial values off the base's weights"),
+    (BOTH, {"init_lora_weights": "olora"}, "olora took its initial values off the base's weights"),
     (BOTH, {"peft_type": "IA3"}, "peft_type IA3 is not LORA"),
     (BOTH, {"ranks": GOOD | {"model.lm_head": 8}}, "adapts lm_head; train with adapter.exclude_modules: [lm_head]"),
     (BOTH, {"extra": ("model.embed_tokens.lora_embedding_A",)}, "it adapts embed_tokens"),
@@ -75,17 +79,17 @@ BAD: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("servers", "settings", "part"), BAD, ids=[part[:30] for _, _, part in BAD])
-def test_a_bad_adapter_is_refused_with_the_reason(
+def test_fm28_a_bad_adapter_is_refused_with_the_reason(
     servers: tuple[str, ...], settings: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
     facts = read_facts(write(tmp_path, **settings), LLAMA)
     for server in BOTH:
         title, lint, _ = SERVERS[server]
         if server not in servers:
-            require_clean(title, tmp_path, Path("runs/x"), lint(facts))
+            require_clean(title, tmp_path, "runs/x", lint(facts))
             continue
         with pytest.raises(BadInputError, match=re.escape(part)) as caught:
-            require_clean(title, tmp_path, Path("runs/my run"), lint(facts))
+            require_clean(title, tmp_path, "runs/my run", lint(facts))
         assert str(caught.value).endswith("serve the merged model instead: finetune merge 'runs/my run'")
         assert len(lint(facts)) == 1, "one mistake, one finding"
 
@@ -99,12 +103,45 @@ def test_a_bad_adapter_is_refused_with_the_reason(
         # Patterns that leave every layer's alpha / rank where it was.
         {"ranks": {"q_proj": 8, "v_proj": 4}, "rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 8}},
         {"extra": ("lm_head.base_layer.weight",)},
+        {"init_lora_weights": "gaussian"},
     ],
-    ids=["plain", "rslora", "odd rank", "patterns", "copied head"],
+    ids=["plain", "rslora", "odd rank", "patterns", "copied head", "gaussian"],
 )
 def test_a_good_adapter_is_taken(settings: dict[str, Any], tmp_path: Path) -> None:
     facts = read_facts(write(tmp_path, **settings), LLAMA)
     assert lint_vllm(facts) == lint_tgi(facts) == []
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_only_what_peft_has_converted_fits_the_published_base(init: str, tmp_path: Path) -> None:
+    """What a server computes, base + scale B A, is the trained model after PEFT's conversion and another without."""
+    base = write_model(tmp_path / "base", "llama")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=init)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "init")
+    model.peft_config["default"].init_lora_weights = init
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = torch.tensor([[1, 60, 200, 17, 300]])
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+    model.save_pretrained(tmp_path / "raw")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "init"))
+    for folder, fits in (("raw", False), ("converted", True)):
+        served = AutoModelForCausalLM.from_pretrained(base).eval()
+        settings = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        state = load_file(tmp_path / folder / "adapter_model.safetensors")
+        for key in (key for key in state if "lora_A" in key):
+            weight = served.get_parameter(key.removeprefix("base_model.model.").replace("lora_A.", ""))
+            scale = settings["lora_alpha"] / settings["r"]
+            weight.data += scale * state[key.replace("lora_A", "lora_B")] @ state[key]
+        with torch.no_grad():
+            assert torch.allclose(served(ids).logits, want, atol=1e-3) == fits
+        facts = read_facts(tmp_path / folder, served.config)
+        assert (lint_vllm(facts) == lint_tgi(facts) == []) == fits
 
 
 @pytest.mark.parametrize("config", [FalconConfig(num_hidden_layers=2), GPT2Config(n_layer=2)], ids=["falcon", "gpt2"])

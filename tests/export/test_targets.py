@@ -99,11 +99,16 @@ def test_a_merged_directory_exports_without_its_run(run: Path, capsys: pytest.Ca
     assert "is a whole model, and --to vllm takes an adapter" in capsys.readouterr().err
 
 
-def test_an_adapters_directory_finds_the_model_merged_beside_it(run: Path, trained: Path) -> None:
+def test_an_adapters_directory_finds_its_merged_model(run: Path) -> None:
     shutil.copy(run / "recipe.yaml", run / "adapter" / "recipe.yaml")
-    (run / "merged").rename(run / "adapter-merged")
     assert main(["export", str(run / "adapter"), "--to", "gguf"]) == 0
-    assert (run / "adapter" / "export" / "tiny-f16.gguf").is_file()
+    assert (run / "export" / "tiny-f16.gguf").is_file()
+    # An adapter without its run: both stand beside it.
+    alone = run.parent / "alone"
+    shutil.copytree(run / "adapter", alone / "mine")
+    shutil.copytree(run / "merged", alone / "mine-merged")
+    assert main(["export", str(alone / "mine"), "--to", "gguf"]) == 0
+    assert (alone / "export" / "tiny-f16.gguf").is_file()
 
 
 @pytest.mark.parametrize(

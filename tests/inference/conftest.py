@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finetune.data.template import load_template
-from finetune.models.adapters import attach_adapter, save_adapter
+from finetune.models.adapters import attach_adapter, save_adapter, token_indices
+from finetune.models.load import fit_vocabulary
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 
@@ -80,7 +81,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_run(base_folder: Path, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """Builds a run's directory with an adapter in the folders named; returns it and the trained model."""
 
-    def make(*places: str, **changes: Any) -> tuple[Path, Any]:
+    def make(*places: str, name: str = "run", **changes: Any) -> tuple[Path, Any]:
         data = tmp_path / "train.jsonl"
         data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
         recipe = Recipe.model_validate(
@@ -94,16 +95,20 @@ def make_run(base_folder: Path, tmp_path: Path) -> Callable[..., tuple[Path, Any
             }
             | changes
         )
-        run = tmp_path / "run"
+        run = tmp_path / name
         run.mkdir()
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
         tokenizer, base = build_tokenizer(), build_llama()
         load_template(tokenizer, recipe.data)
+        token_indices(recipe.adapter, tokenizer)
+        fit_vocabulary(base, tokenizer, seed=recipe.training.seed)
         model = attach_adapter(base, recipe.adapter, tokenizer, seed=1)
         for number, place in enumerate(places):
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
+            for parameter_name, parameter in model.named_parameters():
+                if "lora_B" in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.2 + 0.1 * number)
+                elif parameter.requires_grad and "lora_A" not in parameter_name:
+                    parameter.data += 0.1 * torch.randn_like(parameter)
             folder = run / place
             folder.mkdir(parents=True)
             save_adapter(model, folder)

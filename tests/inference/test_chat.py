@@ -81,6 +81,14 @@ def test_compare_keeps_two_conversations(
     assert [messages[2]["content"] for messages in shown[2:]] == [base[:-1], adapter[:-1]]
 
 
+def test_compare_needs_a_base_that_the_adapter_left_alone(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run("adapter", adapter={"rank": 2, "init": "olora"})
+    assert main(["chat", str(run), "--compare"]) == 2
+    assert "adapter.init olora took its initial values off the base's weights" in capsys.readouterr().err
+
+
 def test_a_conversation_past_the_context_is_not_answered(make_run: MakeRun, talk: Any, shown: Any) -> None:
     run, _ = make_run("adapter")
     _, err = talk(run, "x" * 600, "short")

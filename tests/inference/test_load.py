@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.cli import main
 from finetune.errors import ModelError, RecipeError
 from finetune.inference.load import load_run
 from tests.inference.conftest import build_llama
+from tests.tiny import WORDS, tiny_recipe, write_jsonl, write_model, write_recipe
 
 IDS = torch.tensor([[256, *range(30)]])
 MakeRun = Callable[..., tuple[Path, Any]]
@@ -107,3 +111,42 @@ def test_fm07_an_adapter_with_a_renamed_tensor_is_refused(make_run: MakeRun) -> 
     save_file({key.replace(name, name + "_old"): tensor for key, tensor in state.items()}, path)
     with pytest.raises(ModelError, match="1 tensors missing"):
         load_run(run)
+
+
+FRESH = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = AutoModelForCausalLM.from_pretrained(base)
+model.resize_token_embeddings(len(tokenizer))
+ids = torch.tensor([tokenizer("<one> the <three> fox <two>").input_ids])
+with torch.no_grad():
+    one = PeftModel.from_pretrained(model, adapter).eval()(ids).logits
+    two = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()(ids).logits
+torch.save([ids, one, two], out)
+"""
+
+
+@pytest.mark.slow
+def test_fm27_added_tokens_in_a_fresh_process(tmp_path: Path) -> None:
+    """Three tokens are added and trained; PEFT's two loaders give the logits of the run's own loader elsewhere."""
+    base = write_model(tmp_path / "base", "tied_llama")
+    rows = [{"prompt": f"<one> {word}", "completion": f"<two> {word} <three>"} for word in WORDS[:16]]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = tiny_recipe(tmp_path, base, data, adapter={"trainable_tokens": ["<one>", "<two>", "<three>"]})
+    assert main(["run", str(write_recipe(tmp_path / "recipe.json", recipe))]) == 0
+    adapter = tmp_path / "runs" / "tiny" / "adapter"
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(base), str(adapter), str(tmp_path / "logits.pt")],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ids, one, two = torch.load(tmp_path / "logits.pt")
+    assert {320, 321, 322} <= set(ids[0].tolist())
+    loaded: Any = load_run(adapter)
+    assert loaded.model.get_input_embeddings().weight.shape[0] == 323  # rows are added, and never removed
+    with torch.no_grad():
+        want = loaded.model.eval()(input_ids=ids).logits
+    assert torch.equal(one, want) and torch.equal(two, want)

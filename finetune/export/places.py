@@ -1,0 +1,151 @@
+"""What a RUN on the command line names: a directory, or a repository on the Hub; and where what is made of it goes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import BadInputError, ModelError
+from finetune.export.hub_client import HubClient
+from finetune.files import sha256_file
+from finetune.run_dir import MERGE_RECORD, RunDir
+
+HUB_SCHEME = "hf://"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RECIPE = "recipe.yaml"
+
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
+# What an adapter's repository holds; a merged model or a GGUF file beside it is not fetched.
+_ADAPTER_FILES = ("adapter_*", "*.json", "*.yaml", "*.jinja", "*.model", "*.txt", "README.md")
+_EXPORTS = "export"
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """A run, an adapter or a merged model, on disk."""
+
+    given: str  # as the user wrote it
+    folder: Path
+    run: RunDir | None  # the run's directory that it is, or whose final adapter or merged model it is
+    merged: Path  # where its merged model is, or goes
+    exports: Path  # where its exports go
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is a model that `finetune merge` wrote."""
+        return is_merged(self.folder)
+
+
+def find_place(given: str | Path) -> RunPlace:
+    """The files behind `given`: a directory, or hf://ORG/NAME[@REVISION], which is downloaded into the Hub's cache.
+
+    What is made of a repository goes to the working directory, of an adapter without its run beside the adapter.
+
+    Raises:
+        BadInputError: the address is malformed, there is no such directory, or the repository holds no adapter.
+        FinetuneError: there is no such repository, no access, or no network and nothing cached.
+    """
+    text = str(given)
+    if text.startswith(HUB_SCHEME):
+        return _hub_place(text)
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such directory; give a run's directory, such as runs/my-run, or hf://ORG/NAME")
+    if is_merged(path):
+        return RunPlace(text, path, _run_of_merged(path), path, path.resolve().parent / _EXPORTS)
+    if not (path / ADAPTER_CONFIG).is_file():
+        run = RunDir(path)
+        return RunPlace(text, path, run if run.recipe.is_file() else None, run.merged, path / _EXPORTS)
+    real = path.resolve()
+    run = RunDir(real.parent)
+    if run.adapter == real and run.recipe.is_file():
+        return RunPlace(text, path, run, run.merged, run.root / _EXPORTS)
+    return RunPlace(text, path, None, real.with_name(f"{real.name}-merged"), real.parent / _EXPORTS)
+
+
+def resolve_repo(
+    address: str,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    patterns: Sequence[str] = _ADAPTER_FILES,
+) -> Path:
+    """The local folder of `hf://ORG/NAME[@REVISION]`, its adapter's files downloaded into the Hub's cache.
+
+    Raises:
+        BadInputError: the address is malformed.
+        FinetuneError: there is no such repository or revision, no access, or no network and nothing cached.
+    """
+    repo_id, revision = _parse(address)
+    from huggingface_hub import snapshot_download
+
+    client = HubClient(endpoint=endpoint, token=token)
+
+    def download() -> str:
+        return snapshot_download(
+            repo_id, revision=revision, endpoint=endpoint, token=token, allow_patterns=list(patterns), max_workers=4
+        )
+
+    return Path(client.call(repo_id, download))
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether `finetune merge` wrote a model there."""
+    return (folder / MERGE_RECORD).is_file() and (folder / "config.json").is_file()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `finetune merge` wrote down about a model; empty where another program made it.
+
+    Raises:
+        ModelError: the record is damaged.
+    """
+    path = folder / MERGE_RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: is damaged: {error}; merge again: finetune merge RUN") from None
+    return record
+
+
+def staleness(folder: Path, adapter: Path | None) -> str | None:
+    """A warning where the merged model in `folder` was made from another adapter than the one at hand."""
+    recorded = read_record(folder).get("adapter_sha256")
+    if adapter is None or recorded is None or sha256_file(adapter / ADAPTER_WEIGHTS) == recorded:
+        return None
+    return f"{folder} was merged from another adapter than {adapter}; run finetune merge again for the new one"
+
+
+def _hub_place(address: str) -> RunPlace:
+    repo_id = _parse(address)[0]
+    folder = resolve_repo(address)
+    missing = [name for name in (RECIPE, ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        what = "so it was not made by finetune" if missing[0] == RECIPE else "so it is no adapter"
+        raise ModelError(f"{address}: holds no {missing[0]}, {what}; give a repository that finetune push has made")
+    name = repo_id.rpartition("/")[2]
+    return RunPlace(address, folder, None, Path(f"{name}-merged"), Path(_EXPORTS))
+
+
+def _parse(address: str) -> tuple[str, str | None]:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise BadInputError(f"{address}: write it as hf://ORG/NAME, or hf://ORG/NAME@REVISION")
+    return match.group(1), match.group(2)
+
+
+def _run_of_merged(folder: Path) -> RunDir | None:
+    real = folder.resolve()
+    above = RunDir(real.parent)
+    if above.merged == real and above.recipe.is_file():
+        return above
+    recorded = read_record(folder).get("run")
+    run = RunDir(Path(recorded)) if recorded else None
+    return run if run is not None and run.recipe.is_file() else None
