@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
-import importlib.util
 import json
 import math
 import time
@@ -16,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import progress_bar, say, stdout, warn
-from finetune.errors import EXIT_OK, BadInputError, DataError, FinetuneError
+from finetune.errors import EXIT_OK, BadInputError, DataError
 from finetune.files import write_atomic
-from finetune.run_dir import RunDir
+from finetune.run_dir import UNUSABLE, RunDir
 
 if TYPE_CHECKING:
     from finetune.data.dataset import TokenDataset
     from finetune.data.prepare import Row
+    from finetune.export.places import RunPlace
     from finetune.inference.load import LoadedRun
 
 Metrics = dict[str, float]
@@ -33,8 +32,10 @@ _POSITIONS_AT_ONCE = 256
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory, or one of its adapters")
-    parser.add_argument("--merged", type=Path, metavar="DIR", help="a merged model (default: RUN/merged, if it exists)")
+    parser.add_argument("run", metavar="RUN", help="a run's directory, an adapter's, or hf://ORG/NAME")
+    parser.add_argument(
+        "--merged", type=Path, metavar="DIR", help="a merged model (default: what finetune merge RUN wrote)"
+    )
     parser.add_argument("--rows", type=_positive, metavar="N", help="only the first test rows (default: the recipe's)")
     parser.add_argument(
         "--lm-eval",
@@ -42,23 +43,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tasks of the lm-eval package, separated by commas, instead of the recipe's metrics; "
         "--rows limits the rows of each",
     )
+    parser.add_argument(
+        "--lm-eval-tasks", type=Path, metavar="DIR", help="a directory of further lm-eval tasks (YAML files)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every model, print the table and append it to results.json."""
     tasks = [task.strip() for task in (arguments.lm_eval or "").split(",") if task.strip()]
-    if arguments.lm_eval is not None:
-        _require_lm_eval(tasks)
     from finetune.machine import limit_kernel_cache
     from finetune.models.load import quiet_libraries
 
     limit_kernel_cache()
     quiet_libraries()
-    merged = _merged_folder(arguments.run, arguments.merged)
-    measure = _LmEval(tasks, arguments.rows) if tasks else _Task(arguments.rows)
+    from finetune.evaluation.harness import require_harness
+    from finetune.export.places import find_place
+
+    if arguments.lm_eval is not None or arguments.lm_eval_tasks is not None:
+        require_harness(tasks, arguments.lm_eval_tasks)
+    place = find_place(arguments.run)
+    merged = _merged_folder(place, arguments.merged)
+    measure = _LmEval(tasks, arguments.lm_eval_tasks, arguments.rows) if tasks else _Task(arguments.rows)
     start = time.time()
     results: dict[str, Metrics] = {}
-    for name, loaded in _models(arguments.run, merged):
+    for name, loaded in _models(place.folder, merged):
         results[name] = measure(loaded, name)
         del loaded  # the next model needs the room
     record = {
@@ -69,19 +77,27 @@ def run(arguments: argparse.Namespace) -> int:
         "lm_eval_tasks": tasks,
         "merged": None if merged is None else str(merged),
     }
-    _append(arguments.run, record)
+    if place.run is not None:
+        _append(place.run, record)
+    else:
+        say("these figures are not kept: only a run's directory holds results.json")
     _print(results)
     return EXIT_OK
 
 
-def _merged_folder(run_path: Path, given: Path | None) -> Path | None:
-    folder = RunDir(run_path).merged if given is None else given
+def _merged_folder(place: RunPlace, given: Path | None) -> Path | None:
+    from finetune.export.places import staleness
+    from finetune.inference.load import find_run
+
+    folder = place.merged if given is None else given
     if not (folder / "config.json").is_file():
         if given is not None:
-            raise BadInputError(f"{folder}: holds no merged model; make one: finetune merge {run_path}")
+            raise BadInputError(f"{folder}: holds no merged model; make one: finetune merge {place.given}")
         return None
-    if (folder / "UNUSABLE.md").is_file():
-        warn(f"{folder} has failed its check (see {folder / 'UNUSABLE.md'}); it is measured all the same")
+    if (folder / UNUSABLE).is_file():
+        warn(f"{folder} has failed its check (see {folder / UNUSABLE}); it is measured all the same")
+    if (warning := staleness(folder, find_run(place.folder)[1])) is not None:
+        warn(warning)
     return folder
 
 
@@ -92,8 +108,7 @@ def _models(run_path: Path, merged: Path | None) -> Iterator[tuple[str, LoadedRu
 
     loaded = load_run(run_path)
     model: Any = loaded.model
-    # PiSSA and OLoRA take their initial values off the base's weights, so switching them off gives no base.
-    rewrites = loaded.recipe.adapter.init.startswith(("pissa", "olora"))
+    rewrites = loaded.recipe.adapter.rewrites_base
     with nullcontext() if rewrites else model.disable_adapter():
         bare = load_run(run_path, base_only=True).model if rewrites else model
         yield "base", replace(loaded, model=bare)
@@ -185,49 +200,32 @@ def perplexity(model: Any, tokens: TokenDataset, max_rows: int | None, name: str
     return math.exp(min(total / max(1, count), 80.0))
 
 
-def _require_lm_eval(tasks: list[str]) -> None:
-    if not tasks:
-        raise BadInputError("--lm-eval: name one or several tasks, e.g. --lm-eval arc_easy,hellaswag")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise BadInputError("--lm-eval: the lm-eval package is not installed; try: pip install 'finetune[eval]'")
-
-
 @dataclass
 class _LmEval:
     """Tasks of the lm-eval package."""
 
     tasks: list[str]
+    folder: Path | None
     limit: int | None
     num_rows: int | None = None
 
     def __call__(self, loaded: LoadedRun, name: str) -> Metrics:
-        from finetune.inference.mode import base_of, inference_mode
+        from finetune.evaluation.harness import run_tasks
 
         say(f"{name}: lm-eval {', '.join(self.tasks)}")
-        with inference_mode(loaded.model):
-            # The layers carry the adapter, so the model inside the PeftModel is the adapted one.
-            wrapped = importlib.import_module("lm_eval.models.huggingface").HFLM(
-                pretrained=base_of(loaded.model),
-                tokenizer=loaded.tokenizer,
-                batch_size=loaded.recipe.evaluation.batch_size,
-            )
-            try:
-                found = importlib.import_module("lm_eval").simple_evaluate(
-                    model=wrapped, tasks=self.tasks, limit=self.limit
-                )
-            except (KeyError, ValueError) as error:
-                raise FinetuneError(f"--lm-eval: lm-eval refuses {', '.join(self.tasks)}: {error}") from error
         self.num_rows = self.limit
-        return {
-            f"{task} {metric.removesuffix(',none')}": float(value)
-            for task, values in found["results"].items()
-            for metric, value in values.items()
-            if isinstance(value, int | float) and "stderr" not in metric
-        }
+        return run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            self.tasks,
+            folder=self.folder,
+            max_rows=self.limit,
+            batch_size=loaded.recipe.evaluation.batch_size,
+        )
 
 
-def _append(run_path: Path, record: dict[str, Any]) -> None:
-    path = RunDir(run_path).results
+def _append(run: RunDir, record: dict[str, Any]) -> None:
+    path = run.results
     results = json.loads(path.read_text()) if path.is_file() else {}
     results.setdefault("evaluations", []).append(record)
     write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

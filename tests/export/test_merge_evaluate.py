@@ -70,14 +70,16 @@ def test_lm_eval_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     assert main(["evaluate", str(run), "--lm-eval", "arc_easy"]) == 2
-    assert "pip install 'finetune[eval]'" in capsys.readouterr().err
+    assert "pip install 'lm-eval>=0.4'" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--lm-eval", " , "]) == 2
 
 
-def test_lm_eval_gets_every_model(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_a_stand_in_for_lm_eval_gets_every_model(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     seen: list[tuple[float, Any]] = []
 
-    def simple_evaluate(model: Any, tasks: list[str], limit: int | None) -> dict[str, Any]:
+    def simple_evaluate(model: Any, tasks: list[str], limit: int | None, **_: Any) -> dict[str, Any]:
         parameters = sum(parameter.sum().item() for parameter in model.pretrained.parameters())
         seen.append((parameters, (type(model.pretrained).__name__, tasks, limit)))
         values = {"acc,none": 0.25 * len(seen), "acc_stderr,none": 0.1, "alias": tasks[0]}
@@ -86,9 +88,12 @@ def test_lm_eval_gets_every_model(run: Path, capsys: pytest.CaptureFixture[str],
     package, models = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     models.HFLM = lambda **options: SimpleNamespace(**options)  # type: ignore[attr-defined]
+    index = ModuleType("lm_eval.tasks")
+    index.TaskManager = lambda **options: SimpleNamespace(**options)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", package)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", index)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", models)
-    monkeypatch.setattr("finetune.commands.evaluate.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("finetune.evaluation.harness.importlib.util.find_spec", lambda name: name)
     assert main(["evaluate", str(run), "--lm-eval", "arc_easy", "--rows", "7"]) == 0
     assert [call for _, call in seen] == [("LlamaForCausalLM", ["arc_easy"], 7)] * 3
     assert "arc_easy acc" in capsys.readouterr().out
