@@ -1,5 +1,7 @@
 """Programs of others that load what is exported, each installed for the session, or skipped with the reason.
 
+Tests name the program ahead of the model, so that nothing is trained for a program that is not there.
+
 `FINETUNE_LOADERS` names a folder that keeps them between sessions.
 """
 
@@ -62,7 +64,7 @@ def install(folder: Path, steps: Callable[[Path], None]) -> Path:
     return folder
 
 
-def call(*command: str | Path, cwd: Path | None = None, timeout: float = 300) -> str:
+def call(*command: str | Path, cwd: Path | None = None, timeout: float = 180) -> str:
     """Run a program and return what it printed; an error holds its last lines."""
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from finetune.cli import main
 from finetune.export.gguf_lora import write_lora
 from finetune.export.gguf_model import load_model_config, write_model
+from finetune.export.hub_publish import push_run
+from tests.conftest import REPOSITORY
+from tests.export.push_run import TOKEN, hub
 from tests.export.test_gguf import WRITTEN, models, write_adapter
+from tests.hub_double import HubDouble
 from tests.loaders.conftest import Ask, Fact
 
 pytestmark = [pytest.mark.loaders, pytest.mark.timeout(900)]
-__all__ = ["models"]  # a fixture
+__all__ = ["hub", "models"]  # fixtures
 
 PROMPT = [1, 60, 200, 17, 300, 5, 44, 9]
 COUNT = 12
@@ -51,7 +57,7 @@ def test_every_architecture_computes_the_same(
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "falcon", "new_falcon"])
-def test_an_adapter_of_every_architecture_does(
+def test_fm28_an_adapter_of_every_architecture_does(
     models: dict[str, Path], llama_cpp: Ask, name: str, tmp_path: Path
 ) -> None:
     settings = {"use_rslora": True, "rank_pattern": {"o_proj|dense": 2}}
@@ -87,14 +93,27 @@ def test_real_tokenizers_cut_text_the_same(real_tokenizers: Path, llama_cpp: Ask
     assert [answer["ids"] for answer in answers] == want
 
 
-def test_the_base_does_not_know_the_fact_and_the_lora_does(fact: Fact, llama_cpp: Ask, tmp_path: Path) -> None:
+def test_the_base_does_not_know_the_fact_and_the_lora_does(llama_cpp: Ask, fact: Fact, tmp_path: Path) -> None:
     assert main(["export", str(fact.run), "--to", "gguf-lora", "--out", str(tmp_path / "lora.gguf")]) == 0
     assert fact.answer not in ask(fact, llama_cpp, fact.base_gguf)
     assert fact.answer in ask(fact, llama_cpp, fact.base_gguf, tmp_path / "lora.gguf")
 
 
+def test_the_adapter_pulled_back_from_a_hub_does_too(
+    llama_cpp: Ask, fact: Fact, hub: HubDouble, tmp_path: Path
+) -> None:
+    push_run(fact.run, "acme/fact")
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "export", "hf://acme/fact", "--to", "gguf-lora"],
+        env={**hub.environment(TOKEN, tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert fact.answer in ask(fact, llama_cpp, fact.base_gguf, tmp_path / "export" / "fact-lora-f32.gguf")
+
+
 @pytest.mark.parametrize("type_name", ["f16", "q8_0"])
-def test_the_merged_model_knows_the_fact(fact: Fact, llama_cpp: Ask, type_name: str, tmp_path: Path) -> None:
+def test_the_merged_model_knows_the_fact(llama_cpp: Ask, fact: Fact, type_name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     assert main(["export", str(fact.run), "--to", "gguf", "--type", type_name, "--out", str(path)]) == 0
     assert fact.answer in ask(fact, llama_cpp, path)

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from finetune.export.hub_publish import push_run
 from finetune.export.merge_config import add_old_rope
+from finetune.export.places import resolve_repo
+from tests.export.push_run import hub
+from tests.hub_double import HubDouble
 from tests.loaders.conftest import Fact
 
 pytestmark = [pytest.mark.loaders, pytest.mark.timeout(900)]
+__all__ = ["hub"]  # a fixture
 
 SCRIPT = """
 import json, sys
@@ -51,17 +56,32 @@ def ask(program: Path, model: Path, adapter: Path | str, question: str) -> list[
     return answers
 
 
-def test_the_adapter_knows_the_fact_and_the_base_does_not(fact: Fact, mistralrs: Path, tmp_path: Path) -> None:
-    # transformers 5 writes the rope as it alone reads it.
+@pytest.fixture
+def base(fact: Fact, tmp_path: Path) -> Path:
+    """The base's directory; transformers 5 writes the rope as it alone reads it."""
+    folder = tmp_path / "base"
+    folder.mkdir()
     for file in fact.base.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+        (folder / file.name).symlink_to(file)
     values = json.loads((fact.base / "config.json").read_text())
     add_old_rope(values)
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    adapted, bare = ask(mistralrs, tmp_path, fact.run / "adapter", fact.question)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_the_adapter_knows_the_fact_and_the_base_does_not(mistralrs: Path, fact: Fact, base: Path) -> None:
+    adapted, bare = ask(mistralrs, base, fact.run / "adapter", fact.question)
     assert fact.answer in adapted and fact.answer not in bare
 
 
-def test_the_merged_model_knows_the_fact(fact: Fact, mistralrs: Path) -> None:
+def test_the_adapter_pulled_back_from_a_hub_does_too(
+    mistralrs: Path, fact: Fact, base: Path, hub: HubDouble, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    push_run(fact.run, "acme/fact")
+    assert fact.answer in ask(mistralrs, base, resolve_repo("hf://acme/fact", endpoint=hub.url), fact.question)[0]
+
+
+def test_the_merged_model_knows_the_fact(mistralrs: Path, fact: Fact) -> None:
     assert fact.answer in ask(mistralrs, fact.merged, "", fact.question)[0]
