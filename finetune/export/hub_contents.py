@@ -104,7 +104,7 @@ def collect(given: str | Path, *, merged: bool = False, gguf: Path | None = None
     if kind == "adapter":
         files[ADAPTER_CONFIG] = _adapter_config(origin, base)
     contents = Contents(kind, files, original, recipe, base, fingerprints, place.run, warnings)
-    if not base.on_hub:
+    if kind == "adapter" and not base.on_hub:
         contents.warnings.append(_no_hub_base(base))
     _check_texts(contents)
     return contents

@@ -182,7 +182,7 @@ def limits(contents: Contents) -> str:
             f"- It was trained on the base in {recipe.model.quantization}; on the unquantized base its answers "
             "differ slightly."
         )
-    if not contents.base.on_hub:
+    if contents.kind == "adapter" and not contents.base.on_hub:
         lines.append("- The base is not on the Hub under the name given here: you need a copy of it.")
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_folder(folder: Path, line: str, model: Path) -> int:
     """The exit code of one line of a page."""
     line = line.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model))
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     assert words[0] == "finetune", line
     if words[1] in ("run", "preview") and words[2] == "tickets.yaml":
         words += [f"model.name={model}", *SHORT.split()]
