@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         say=say,
     )
     # Wider than the 80 columns of an output that is no terminal: figures are not cut.
-    stdout.print(table(report), width=max(stdout.width, 140), crop=False)
+    stdout.width = max(stdout.width, 140)
+    stdout.print(table(report))
     peak = report["peak_flops_per_second"] / 1e12
     stdout.print(
         f"Medians of {arguments.rounds} rounds of {arguments.steps} steps. Peak: {peak:.2f} TFLOP/s, a bf16 product of "
