@@ -67,6 +67,11 @@ VERBS: dict[str, Verb] = {
         "list the shipped recipes, or copy one",
         "finetune recipes copy smollm2_135m_tickets my.yaml",
     ),
+    "check": Verb(
+        "check",
+        "show what is wrong with a recipe, and what a run of it will need, before it starts",
+        "finetune check recipes/falcon7b_alpaca.yaml --gpu 24GB",
+    ),
     "preview": Verb(
         "preview",
         "show the first rows as the model will see them",

@@ -15,7 +15,7 @@ LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 
 LAYERS = (
-    {"", "errors", "console", "distributed", "files", "machine"},  # "" is finetune/__init__.py
+    {"", "errors", "console", "distributed", "files", "findings", "machine"},  # "" is finetune/__init__.py
     {"recipe", "kernels", "run_dir"},
     {"data", "models"},
     {"training", "inference", "evaluation", "export", "report"},

@@ -51,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure and save; continue where an earlier call was stopped."""
     recipe, provenance = _read_recipe(arguments)
+    _check_cheap_things(recipe)
     # Until training starts there is nothing to save: end like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     limit_kernel_cache()
@@ -78,6 +79,17 @@ def _read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, Provenance | No
         return load_recipe(find_recipe(arguments.recipe), arguments.overrides), None
     provenance = load_provenance(arguments.recipe, arguments.overrides)
     return load_recipe(provenance.recipe, [*provenance.overrides, *arguments.overrides]), provenance
+
+
+def _check_cheap_things(recipe: Recipe) -> None:
+    """What `finetune check --no-model` would call an error; the rest is met on the way."""
+    from finetune.findings import run_checks
+    from finetune.recipe.preflight import BEFORE_RUN, CHECKS
+
+    rows = {topic: CHECKS[topic] for topic in BEFORE_RUN}
+    problems = [finding.text for finding in run_checks(rows, recipe) if finding.level == "error"]
+    if problems:
+        raise BadInputError("\n".join(problems))
 
 
 def _own(run_dir: RunDir, stack: ExitStack) -> None:

@@ -5,6 +5,7 @@ Nothing is renamed or replaced: only the `forward` of single modules changes, so
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -158,8 +159,12 @@ def _grouped_forward(
 def _is_rms_norm(module: torch.nn.Module) -> bool:
     """Whether a frozen norm's own forward gives what `rms_norm` gives: names vary, and some scale by 1 + weight."""
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.requires_grad or weight.is_meta:
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.requires_grad:
         return False
+    if weight.is_meta:
+        # Without its weights, ones stand for them: what the class computes is the same.
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        weight = module.weight.data.fill_(1.0)
     x = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
     with torch.no_grad():
         return torch.allclose(module(x), rms_norm(x, weight, _eps(module)), rtol=1e-2, atol=1e-3)

@@ -134,12 +134,21 @@ def load_base(
     except Exception as error:
         raise unreachable(source.name, error) from error
     _require_quantized(base, model)
+    if model.quantization != "none" and not shardable:  # processes share the file of a sharded base
+        _let_go_of_files(base)
     # from_pretrained returns eval mode; in it, bitsandbytes repacks 4-bit weights on CPU for inference only.
     base.train()
     base.requires_grad_(False)
     base.config.use_cache = False
     loaded: torch.nn.Module = base
     return loaded
+
+
+def _let_go_of_files(base: Any) -> None:
+    """Copy what was not quantized: one tensor that lies in a mapped file keeps the whole unquantized file resident."""
+    for parameter in base.parameters():
+        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def fit_vocabulary(base: Any, tokenizer: Any, *, seed: int) -> None:

@@ -133,6 +133,7 @@ class FinetuneModule(L.LightningModule):
         if recipe.training.compile:
             for layer in decoder_layers(model):
                 layer.compile()
+        release_freed_memory()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The recipe's optimizer over the trainable parameters, their gradients in one flat buffer."""

@@ -30,6 +30,7 @@ from finetune.run_dir import RunDir
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
 from finetune.training.callbacks import CheckpointWriter, Meter, NonFiniteStop, Preemption, RunState, Validation
 from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore
+from finetune.training.fitting import place
 from finetune.training.module import FinetuneModule
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
 from finetune.training.strategy import Placement, build_trainer, resolve_placement
@@ -71,9 +72,9 @@ def prepare_job(recipe: Recipe) -> Job:
     Raises:
         BadInputError: whatever is wrong with the model's name, the data or the devices.
     """
-    placement = resolve_placement(recipe.distributed)
+    first = resolve_placement(recipe.distributed)
     if recipe.training.auto_micro_batch:
-        check_placement(placement)
+        check_placement(first)
     with in_turn():
         source = find_model(recipe.model)
         config = load_config(recipe.model, source)
@@ -82,8 +83,10 @@ def prepare_job(recipe: Recipe) -> Job:
         token_indices(recipe.adapter, tokenizer)
         template = load_template(tokenizer, recipe.data)
         data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
+    # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.
+    placement = first if recipe.training.auto_micro_batch else place(recipe, config)
     plan = build_plan(len(data.train), recipe.training)
-    packing = _choose_packing(recipe, data.train, can_isolate=why_not_packed(config, attention) is None)
+    packing = choose_packing(recipe, data.train, can_isolate=why_not_packed(config, attention) is None)
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
 
 
@@ -194,7 +197,8 @@ def build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> Da
     )
 
 
-def _choose_packing(recipe: Recipe, train: TokenDataset, *, can_isolate: bool) -> Packing:
+def choose_packing(recipe: Recipe, train: TokenDataset, *, can_isolate: bool) -> Packing:
+    """How the training samples are packed; says what `auto` has chosen."""
     data, training = recipe.data, recipe.training
     mode = data.packing
     if mode == "auto":

@@ -1,0 +1,238 @@
+"""What one forward and backward pass holds in memory, found by running this project's own code on fake tensors.
+
+Fake tensors have shapes and no data, so autocast, fused layers, checkpointing and the chunked loss run as they do in
+training, and every tensor is counted from its birth to its release. Two short models give the cost of a layer.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from finetune.errors import FinetuneError, ModelError
+from finetune.kernels.attention import NAME as SEGMENTS
+from finetune.kernels.attention import packed_row
+from finetune.kernels.cross_entropy import chunked_cross_entropy
+from finetune.kernels.layout import RowLayout, dense_mask
+from finetune.models.fused import fuse
+from finetune.models.heads import decoder_of, head_logits
+from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
+from finetune.recipe.schema import LoraSection, ModelSection
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class NoEstimateError(ModelError):
+    """A model whose work depends on its data, such as experts that tokens choose, cannot be run without data."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """The largest forward pass of a process: B rows of T tokens, N of them supervised."""
+
+    rows: int
+    tokens: int
+    supervised: int
+    layout: RowLayout | None = None  # None: padded rows
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes beside the weights. The peaks contain what is kept."""
+
+    kept: float  # from the forward pass for the backward pass
+    forward_peak: float
+    loss_peak: float
+    backward_peak: float
+
+    @property
+    def peak(self) -> float:
+        """The most at any time."""
+        return max(self.forward_peak, self.loss_peak, self.backward_peak)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that were made within it and are still alive."""
+
+    def __init__(self, existing: Iterator[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in existing})
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, out)
+        return out
+
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size).atexit = False
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def measure_pass(
+    config: Any,
+    model: ModelSection,
+    adapter: LoraSection,
+    *,
+    precision: str,
+    checkpointing: bool,
+    attention_name: str,
+    step: ForwardPass,
+) -> Footprint:
+    """The footprint of the whole model: that of two short ones, continued to all its layers.
+
+    Raises:
+        ModelError: if the model or the adapter's targets cannot be built.
+        NoEstimateError: if the model cannot be run without data.
+    """
+    num_layers = config.get_text_config().num_hidden_layers
+    short, long = min(2, num_layers), min(4, num_layers)
+    try:
+        one, two = (
+            _measure_short(config, model, adapter, precision, checkpointing, attention_name, step, layers)
+            for layers in (short, long)
+        )
+    except FinetuneError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NoEstimateError(f"the memory of {config.model_type} cannot be told without its data: {reason}") from error
+    if short == long:
+        return one
+    scale = (num_layers - short) / (long - short)
+    values = zip(vars(one).values(), vars(two).values(), strict=True)
+    return Footprint(*(first + (second - first) * scale for first, second in values))
+
+
+def _measure_short(
+    config: Any,
+    model: ModelSection,
+    adapter: LoraSection,
+    precision: str,
+    checkpointing: bool,
+    attention_name: str,
+    step: ForwardPass,
+    num_layers: int,
+) -> Footprint:
+    base = build_skeleton(config, model, precision=precision, attention_name=attention_name, num_layers=num_layers)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    # Trained tokens need the tokenizer and are few rows; here they would only add a copy of the embedding.
+    adapted = adapt_skeleton(base, adapter.model_copy(update={"trainable_tokens": []}), None)
+    fuse(adapted)
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if precision in AUTOCAST:
+        autocast = torch.autocast("cpu", dtype=AUTOCAST[precision])
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection():
+        adapted.to_empty(device="cpu")
+        if model.quantization != "none":
+            _expand_when_used(base, compute=AUTOCAST.get(precision, base.dtype))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        return _run(base, step, autocast)
+
+
+def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any]) -> Footprint:
+    shape = (step.rows, step.tokens)
+    input_ids, position_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    positions = torch.zeros(step.supervised, dtype=torch.int64)
+    vocab_size = base.get_output_embeddings().weight.shape[0]
+    head_params = [p for p in base.get_output_embeddings().parameters() if p.requires_grad]
+    grads = [p.grad for p in base.parameters() if p.grad is not None]
+    live = _LiveBytes(iter([*base.parameters(), *base.buffers(), *grads]))
+    mask = None
+    with live, autocast, packed_row(step.layout):
+        if step.layout is not None and base.config._attn_implementation != SEGMENTS:
+            mask = dense_mask(step.layout, step.tokens)
+        hidden = decoder_of(base)(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        kept, forward_peak = live.live, live.take_peak()
+        supervised = hidden.flatten(0, 1).index_select(0, positions)
+        loss = chunked_cross_entropy(
+            supervised, positions, lambda part: head_logits(base, part), head_params, vocab_size
+        )
+        loss_peak = live.take_peak()
+        del hidden, supervised
+        loss.backward()
+    return Footprint(kept, forward_peak, loss_peak, live.take_peak())
+
+
+@contextmanager
+def _quiet_rng() -> Iterator[None]:
+    """Dropout on fake tensors draws from the real generator: put it back."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@contextmanager
+def _prompt_collection() -> Iterator[None]:
+    """Collect cycles at once: fake tensors lie in some, and would count until Python happens to look."""
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def _expand_when_used(base: Any, *, compute: torch.dtype) -> None:
+    """Give layers that are quantized a weight of another dtype, so that each use makes a copy in the compute dtype."""
+    stored = torch.bfloat16 if compute == torch.float32 else torch.float32
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        if is_quantized_linear(module, name, head):
+            weight = torch.empty(module.weight.shape, dtype=stored)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if "forward" not in vars(module):
+                module.forward = MethodType(_expanding_forward, module)
+
+
+def _expanding_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    out: torch.Tensor = _Expanded.apply(x.to(dtype), module.weight, module.bias)
+    return out
+
+
+class _Expanded(torch.autograd.Function):
+    """A frozen quantized layer: it keeps no input, and expands its weight in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.weight = weight
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        return grad @ ctx.weight.to(grad.dtype), None, None

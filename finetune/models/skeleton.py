@@ -1,0 +1,91 @@
+"""The model without its weights: every module and shape, on the meta device.
+
+What it answers (which layers an adapter reaches, how many parameters it trains, what a step keeps in memory) needs
+the configuration alone, so it is known for a 70B model on a laptop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM
+
+from finetune.errors import ModelError
+from finetune.kernels import attention
+from finetune.models.adapters import attach_adapter
+from finetune.models.load import base_dtype
+from finetune.recipe.schema import LoraSection, ModelSection
+
+
+def build_skeleton(
+    config: Any, model: ModelSection, *, precision: str, attention_name: str = "sdpa", num_layers: int | None = None
+) -> Any:
+    """The base on the meta device, frozen and in training mode; with `num_layers`, only so many decoder layers.
+
+    Raises:
+        ModelError: if transformers has no causal language model for the configuration.
+    """
+    attention.register()
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if num_layers is not None:
+        keep_layers(config, num_layers)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(
+                config,
+                dtype=base_dtype(model, precision),
+                attn_implementation=attention_name,
+                trust_remote_code=model.trust_remote_code,
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model.name: no causal language model for {config.model_type}: {reason}") from error
+    base.train()
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    return base
+
+
+def adapt_skeleton(base: Any, adapter: LoraSection, tokenizer: Any) -> PeftModel:
+    """`base` with the recipe's adapter, on the meta device too.
+
+    Raises:
+        ModelError: if a target is not in the model; the message lists what is.
+    """
+    plain = adapter.model_copy(update={"init": "default"})  # other initial values need weights; shapes are the same
+    with torch.device("meta"):
+        return attach_adapter(base, plain, tokenizer, seed=0)
+
+
+def target_counts(adapted: PeftModel) -> dict[str, int]:
+    """How many modules of each short name the adapter reaches."""
+    names = [name.rpartition(".")[2] for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
+    return dict(Counter(names))
+
+
+def keep_layers(config: Any, num_layers: int) -> None:
+    """Shorten a configuration, and its lists of one entry a layer."""
+    text = config.get_text_config()
+    before = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, value[:num_layers])
+    text.num_hidden_layers = num_layers
+
+
+def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The transformer blocks of a model: its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def is_quantized_linear(module: torch.nn.Module, name: str, head: Any) -> bool:
+    """Whether bitsandbytes replaces the layer: every linear one but the output head, adapters apart."""
+    return isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name

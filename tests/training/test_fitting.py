@@ -1,0 +1,96 @@
+"""Which strategy `auto` takes on devices of stated sizes, and what would make a run fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from finetune.models.memory import Planner, Spread
+from finetune.recipe.schema import Recipe
+from finetune.training.fitting import Devices, cheapest_fit, choose_strategy, estimate, place
+from finetune.training.strategy import Placement
+from tests.models.test_memory import recipe
+
+SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "vocab_size": 8192}
+CONFIG = transformers.LlamaConfig(**SIZES, num_attention_heads=16, num_key_value_heads=4)
+FOUR_GPUS = Placement("cuda", 4, 1, "ddp")
+
+
+def needed(made: Recipe, strategy: str) -> int:
+    return Planner(CONFIG).estimate(made, Spread(strategy, 4, "cuda")).total
+
+
+def test_ddp_where_the_whole_model_fits_a_device() -> None:
+    made, planner = recipe(), Planner(CONFIG)
+    need = needed(made, "ddp")
+    assert choose_strategy(made, planner, FOUR_GPUS, 2 * need)[0] == "ddp"
+    strategy, why = choose_strategy(made, planner, FOUR_GPUS, need)  # not within the share that may be used
+    assert strategy == "fsdp"
+    assert "does not fit" in why and "GB a device" in why
+
+
+def test_int8_is_never_sharded() -> None:
+    made = recipe(model={"quantization": "int8"})
+    assert choose_strategy(made, Planner(CONFIG), FOUR_GPUS, 1)[0] == "ddp"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the machine's GPUs")
+def test_a_recipe_is_placed_by_its_size(capsys: Any) -> None:
+    cpus = {"accelerator": "cpu", "devices": 2}
+    made = recipe(distributed=cpus)
+    assert place(made, CONFIG, memory_bytes=10**12).strategy == "ddp"
+    assert place(made, CONFIG, memory_bytes=10**9).strategy == "fsdp"
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["distributed.strategy"] * 2
+    assert place(recipe(distributed={"accelerator": "cpu"}), CONFIG, memory_bytes=1).strategy == "single"
+    given = recipe(distributed={**cpus, "strategy": "ddp"})
+    assert place(given, CONFIG, memory_bytes=1).strategy == "ddp"
+
+
+def apply(made: Recipe, override: str) -> Recipe:
+    """The recipe with one override, through the schema."""
+    values = made.model_dump(mode="json")
+    for one in override.split():
+        key, _, value = one.partition("=")
+        *path, last = key.split(".")
+        section = values
+        for piece in path:
+            section = section[piece]
+        section[last] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+    return Recipe.model_validate(values)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
+def test_the_cheapest_change_fits_and_is_a_recipe(share: float) -> None:
+    made, planner = recipe(data={"max_seq_len": 256}, training={"micro_batch_size": 8}), Planner(CONFIG)
+    start = planner.estimate(made, Spread("single", 1, "cuda"))
+    devices = Devices("cuda", int(share * start.total), 1)
+    fit = cheapest_fit(planner, made, start.step, "single", devices)
+    assert fit is not None and fit.total <= devices.usable_bytes < start.total
+    changed = made
+    for override in fit.overrides:
+        changed = apply(changed, override)
+    assert (
+        estimate(planner, changed, planner.estimate(changed, start.spread).step, "single", devices).total == fit.total
+    )
+
+
+def test_one_change_is_preferred_and_none_is_said() -> None:
+    made, planner = recipe(training={"micro_batch_size": 8}), Planner(CONFIG)
+    start = planner.estimate(made, Spread("ddp", 4, "cuda"))
+    devices = Devices("cuda", int(start.total / 0.95) - 10**6, 4)
+    fit = cheapest_fit(planner, made, start.step, "ddp", devices)
+    assert fit is not None and len(fit.overrides) == 1
+    assert cheapest_fit(planner, made, start.step, "ddp", replace(devices, memory_bytes=10**8)) is None
+
+
+def test_memory_of_a_cpu_is_shared(tmp_path: Path) -> None:
+    from finetune.training.fitting import memory_of
+
+    one, two = (memory_of(Placement("cpu", count, 1, "ddp")) for count in (1, 2))
+    assert two == one // 2
