@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from finetune.export.hub_provenance import Provenance
     from finetune.recipe.schema import Recipe
     from finetune.training.callbacks import RunState
+    from finetune.training.checkpoint import Checkpoint
     from finetune.training.module import FinetuneModule
     from finetune.training.train import Job
 
@@ -141,7 +142,7 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, 
         say(line)
     _say_plan(job, checkpoint)
     measure = _Measure(job, run_dir)
-    if checkpoint is not None and checkpoint.step >= job.plan.num_steps and run_dir.adapter.is_dir():
+    if checkpoint is not None and run_dir.adapter.is_dir() and _is_finished(job, checkpoint):
         say("this run is finished; --fresh starts it anew")
     else:
         if is_rank_zero():
@@ -161,7 +162,14 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, 
     return EXIT_OK
 
 
-def _say_plan(job: Job, checkpoint: Any) -> None:
+def _is_finished(job: Job, checkpoint: Checkpoint) -> bool:
+    """Whether the last step is done, or early stopping has ended the run and still would."""
+    stopping = job.recipe.evaluation.early_stopping
+    ended_early = stopping is not None and checkpoint.progress.get("bad_validations", 0) >= stopping.patience
+    return ended_early or checkpoint.step >= job.plan.num_steps
+
+
+def _say_plan(job: Job, checkpoint: Checkpoint | None) -> None:
     plan = job.plan
     text = f"{plan.num_steps} steps of {plan.global_batch_size} samples, {plan.epoch(plan.num_steps):.2f} epochs"
     if checkpoint is not None:

@@ -45,6 +45,9 @@ def test_a_whole_run_has_every_part(tmp_path: Path) -> None:
     assert all(f'id="chart-{name}"' in html for name in FIGURES)
     for text in ("+89.0 points", "91.0%", "2 × H200", "step-000080", "finetune generate", "as expected", "malformed 2"):
         assert text in html, text
+    parts = re.findall(r'<section id="(\w+)">', html)
+    assert parts == ["results", "curves", "samples", "data", "adapter", "checkpoints", "environment", "recipe"]
+    assert 'class="empty"' not in html
     assert "What is missing" not in html and ">finished<" in html
     balance = Balance()
     balance.feed(html)

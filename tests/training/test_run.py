@@ -92,19 +92,26 @@ def test_fm02_a_model_taught_four_answers_stops_by_itself(
     assert all(sample["stopped"] for sample in after["samples"])
 
 
-def test_validation_stops_early_and_keeps_the_best(run_tiny: RunTiny) -> None:
-    run = run_tiny(
-        training={"max_steps": 12, "optimizer": {"lr": 1e-30}},
-        data={"validation": {"size": 4}},
-        evaluation={"every_steps": 1, "early_stopping": {"patience": 2}, "num_samples": 0},
-        checkpoint={"every_steps": 1, "keep_last": 1},
-    )
+def test_validation_stops_early_and_keeps_the_best(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    sections: dict[str, Any] = {
+        "training": {"max_steps": 12, "optimizer": {"lr": 1e-30}},
+        "data": {"validation": {"size": 4}},
+        "evaluation": {"every_steps": 1, "early_stopping": {"patience": 2}, "num_samples": 0},
+        "checkpoint": {"every_steps": 1, "keep_last": 1},
+    }
+    run = run_tiny(**sections)
     steps = [row["step"] for row in read_metrics(run.metrics)]
     assert steps == [1, 2, 3]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000001", "step-000003"]
     assert run.adapter.is_dir()
     training = json.loads(run.results.read_text())["training"]
     assert (training["steps"], training["planned_steps"]) == (3, 12)
+    # The same command again: it is finished. With more patience it goes on.
+    run_tiny(**sections)
+    assert "this run is finished" in capsys.readouterr().err
+    sections["evaluation"]["early_stopping"] = {"patience": 4}
+    run_tiny(**sections)
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2, 3, 4, 5]
 
 
 def test_a_validated_step_is_a_logged_one(run_tiny: RunTiny) -> None:
