@@ -69,7 +69,7 @@ VERBS: dict[str, Verb] = {
     ),
     "check": Verb(
         "check",
-        "show what is wrong with a recipe, and what a run of it will need, before it starts",
+        "say what is wrong with a recipe, and what it will need",
         "finetune check recipes/falcon7b_alpaca.yaml --gpu 24GB",
     ),
     "preview": Verb(

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_atomic(output, compose_recipe(choices))
     load_recipe(output)
     stdout.print(f"wrote     {output}", markup=False)
-    for word, verb in (("look", "preview"), ("train", "run")):
+    for word, verb in (("check", "check"), ("look", "preview"), ("train", "run")):
         stdout.print(f"{word:<10}finetune {verb} {shlex.quote(str(output))}", markup=False)
     return EXIT_OK
 

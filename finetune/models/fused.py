@@ -164,7 +164,8 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
     if weight.is_meta:
         # Without its weights, ones stand for them: what the class computes is the same.
         module = copy.deepcopy(module).to_empty(device="cpu")
-        weight = module.weight.data.fill_(1.0)
+        weight = torch.ones_like(weight, device="cpu")
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
     x = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
     with torch.no_grad():
         return torch.allclose(module(x), rms_norm(x, weight, _eps(module)), rtol=1e-2, atol=1e-3)

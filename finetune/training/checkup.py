@@ -112,9 +112,9 @@ class Checkup:
         devices = Devices(placement.accelerator, memory, placement.world_size)
         if section.strategy != "auto" or placement.world_size == 1:
             return placement, devices, ""
-        strategy, why = choose_strategy(self.recipe, self.planner, placement, memory)
+        chosen, why = choose_strategy(self.recipe, self.planner, placement, memory)
         size = (placement.accelerator, placement.devices, placement.num_nodes)
-        return Placement(*size, strategy, section.cpu_offload), devices, why
+        return Placement(*size, chosen, section.cpu_offload), devices, why
 
     @cached_property
     def passes(self) -> Passes:

@@ -148,9 +148,11 @@ def _half(step: ForwardPass) -> ForwardPass:
     supervised = max(1, step.supervised // 2)
     if step.layout is None:
         return ForwardPass(max(1, step.rows // 2), step.tokens, supervised)
-    limit, kept, tokens = step.tokens // 2, [], 0
+    limit, tokens = step.tokens // 2, 0
+    kept: list[Group] = []
     for group in step.layout:
-        used, own = tokens + group.prefix_len, []
+        used = tokens + group.prefix_len
+        own: list[int] = []
         for length in group.suffix_lens:
             if (kept or own) and used + length > limit:
                 break

@@ -60,12 +60,13 @@ def new(home: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
         ("model", "bad.jsonl", "alpaca", "auto"),
     ],
 )
-def test_what_is_written_trains(
+def test_what_is_written_passes_check_and_trains(
     model: str, data: str, format_name: str, template: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = home / f"{model}-{data}.yaml"
     assert new(home, monkeypatch, model=model, data=data, output=output) == 0
     monkeypatch.chdir(tmp_path)  # its paths are relative to itself
+    assert main(["check", str(output)]) == 0
     recipe = load_recipe(output)
     assert recipe.name == f"{model}-{data}"
     assert (recipe.data.sources[0].format, recipe.data.template) == (format_name, template)
