@@ -20,7 +20,10 @@ BENCH ?=
 # The folder of the instruction files that bench-peers trains on.
 DATA ?= shared/data
 
-.PHONY: help install demo test lint fmt test-gpu test-loaders bench-peers bench-gpu clean
+# Kills of `make chaos`.
+N ?= 200
+
+.PHONY: help install demo test lint fmt chaos test-gpu test-loaders bench-peers bench-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +57,9 @@ lint: $(STAMP) ## Check style and types
 fmt: $(STAMP) ## Format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: $(STAMP) ## Kill runs N times (make chaos N=200) and compare how they end
+	CHAOS_KILLS=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/integration/test_chaos.py $(PYTEST)
 
 test-gpu: $(STAMP) ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import platform
@@ -16,8 +17,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from finetune import __version__
-from finetune.distributed import global_rank
-from finetune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, FinetuneError
+from finetune.distributed import global_rank, is_rank_zero
+from finetune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, FinetuneError, PreemptedError
 from finetune.machine import refuse_telemetry
 
 
@@ -101,6 +102,10 @@ _BUG = (
 )
 
 
+# What a user mends by space or permission; any other failure of the system is looked at as a bug.
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """argparse leaves out the verbs' indent when it looks for the widest name, and would wrap that one."""
 
@@ -170,6 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would fill a log
     try:
         return _run(given)
+    except PreemptedError as error:
+        if is_rank_zero():
+            _report(str(error))
+        return error.exit_code
     except FinetuneError as error:
         _report(f"error: {error}")
         return error.exit_code
@@ -180,10 +189,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe has gone. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except Exception:
-        traceback.print_exc()
-        _report(_BUG)
+    except OSError as error:
+        if error.errno not in _FULL_OR_READ_ONLY:
+            return _report_bug()
+        what = f"{error.filename or 'a file'}: {error.strerror}"
+        _report(f"error: cannot write {what}; mend that, then run the same command again")
         return EXIT_FAILURE
+    except Exception:
+        return _report_bug()
+
+
+def _report_bug() -> int:
+    traceback.print_exc()
+    _report(_BUG)
+    return EXIT_FAILURE
 
 
 def _run(given: list[str]) -> int:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What `write_atomic` and `new_directory` call their temporary files (tempfile's own eight letters), and directories
+# that were about to replace another.
+_UNFINISHED = re.compile(r"\..+\.(tmp-)?[a-z0-9_]{8}|\..+-new")
 
 
 def fsync_path(path: Path) -> None:
@@ -26,16 +31,27 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a small file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with naming(path):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an `OSError` say which file could not be written: that of a write or a flush does not."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename = str(path)
         raise
 
 
@@ -84,8 +100,48 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def write_failure(error: BaseException) -> str:
+    """Why a write failed: the system's words, where they are behind what a library raised, else its first line."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.strerror:
+            return current.strerror
+        # safetensors and tokenizers are written in Rust, whose errors are words alone.
+        if match := re.search(r"\(os error (\d+)\)", str(current)):
+            return os.strerror(int(match[1]))
+        current = current.__cause__ or current.__context__
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+def recover_directory(folder: Path, spare: tuple[str, ...] = ()) -> None:
+    """Put right what processes left in `folder` that were killed while they wrote there.
+
+    Nobody else may write to it, but for names that begin with one of `spare`.
+
+    A directory that was being replaced by `replace_directory` and is gone comes back; unfinished files and directories
+    of `write_atomic` and `new_directory` go.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if not path.name.startswith(".") or path.name.startswith(spare):
+            continue
+        if path.name.endswith(".old") and path.is_dir():
+            target = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+            if not target.exists():
+                os.rename(path, target)
+                continue
+        elif not _UNFINISHED.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def replace_directory(source: Path, target: Path) -> None:
-    """Make `source` become `target`; what stood there is gone only when the new one stands."""
+    """Make `source` become `target`; what stood there is gone only when the new one stands.
+
+    A kill between the two renames leaves `.target.old`, which `recover_directory` puts back.
+    """
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -15,7 +15,16 @@ LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 
 LAYERS = (
-    {"", "errors", "console", "distributed", "files", "findings", "machine"},  # "" is finetune/__init__.py
+    {
+        "",
+        "errors",
+        "console",
+        "distributed",
+        "files",
+        "findings",
+        "machine",
+        "stop_signals",
+    },  # "" is finetune/__init__.py
     {"recipe", "kernels", "run_dir"},
     {"data", "models"},
     {"training", "inference", "evaluation", "export", "report"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
+import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import progress_bar, say, stdout, warn
 from finetune.distributed import is_rank_zero
-from finetune.errors import EXIT_OK, BadInputError
-from finetune.files import sole_owner, write_atomic
+from finetune.errors import EXIT_OK, BadInputError, PreemptedError
+from finetune.files import recover_directory, sole_owner, write_atomic
 from finetune.machine import (
     describe_machine,
     library_versions,
@@ -25,14 +25,15 @@ from finetune.machine import (
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.shipped import find_recipe
 from finetune.run_dir import RunDir
+from finetune.stop_signals import StopRequested, StopSignals
 
 if TYPE_CHECKING:
     from finetune.evaluation.task import TaskResult
     from finetune.export.hub_provenance import Provenance
     from finetune.recipe.schema import Recipe
-    from finetune.training.callbacks import RunState
     from finetune.training.checkpoint import Checkpoint
     from finetune.training.module import FinetuneModule
+    from finetune.training.state import RunState
     from finetune.training.train import Job
 
 
@@ -51,10 +52,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure and save; continue where an earlier call was stopped."""
+    with StopSignals(_continuing_command(arguments)) as signals:
+        try:
+            return _run(arguments, signals)
+        except StopRequested:
+            raise PreemptedError(signals.last_line()) from None
+
+
+def _continuing_command(arguments: argparse.Namespace) -> str:
+    """What goes on with a stopped run: not --fresh, which would put it aside, and not --resume, which goes back."""
+    accept = ["--accept-changes"] if arguments.accept_changes else []
+    return shlex.join(["finetune", "run", arguments.recipe, *arguments.overrides, *accept])
+
+
+def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
     recipe, provenance = _read_recipe(arguments)
     _check_cheap_things(recipe)
-    # Until training starts there is nothing to save: end like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     limit_kernel_cache()
 
     from finetune.models.load import quiet_libraries
@@ -67,9 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if is_rank_zero():
             _own(run_dir, stack)
+            for folder in (run_dir.root, run_dir.checkpoints, *run_dir.checkpoints.glob("step-*")):
+                recover_directory(folder, spare=(f".{run_dir.merged.name}",))  # `finetune merge` may be at work there
             if arguments.fresh:
                 _put_aside(run_dir)
-        return _run_recipe(recipe, run_dir, provenance, arguments)
+        return _run_recipe(recipe, run_dir, provenance, arguments, signals)
 
 
 def _read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, Provenance | None]:
@@ -105,23 +120,30 @@ def _own(run_dir: RunDir, stack: ExitStack) -> None:
 
 
 def _put_aside(run_dir: RunDir) -> None:
-    if not run_dir.checkpoints.exists():
+    # The checkpoints last: a kill in between leaves a run that goes on, or is put aside as well.
+    paths = sorted((path for path in run_dir.root.iterdir() if path != run_dir.lock), key=run_dir.checkpoints.__eq__)
+    if not paths:
         return
     aside = run_dir.root.with_name(f"{run_dir.root.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     aside.mkdir()
-    for path in run_dir.root.iterdir():
-        if path != run_dir.lock:
-            path.rename(aside / path.name)
+    for path in paths:
+        path.rename(aside / path.name)
     say(f"earlier work put aside in {aside}")
 
 
-def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, arguments: argparse.Namespace) -> int:
+def _run_recipe(
+    recipe: Recipe,
+    run_dir: RunDir,
+    provenance: Provenance | None,
+    arguments: argparse.Namespace,
+    signals: StopSignals,
+) -> int:
     from finetune.export.hub_provenance import check_fingerprints
     from finetune.export.hub_publish import check_push, push_recipe
     from finetune.report.html import write_report
     from finetune.training.resume import find_checkpoint, put_later_aside
     from finetune.training.trackers import check_trackers
-    from finetune.training.train import job_fingerprints, prepare_job, train
+    from finetune.training.train import is_trained, job_fingerprints, prepare_job, train
 
     check_trackers(recipe.logging)
     if recipe.hub.push and is_rank_zero():
@@ -141,15 +163,19 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, 
     for line in job.data.ledger.summary_lines():
         say(line)
     _say_plan(job, checkpoint)
+    if checkpoint is not None:
+        signals.doing = "before training went on"
+        signals.saved = f"step {checkpoint.step} is saved in {checkpoint.path}"
     measure = _Measure(job, run_dir)
-    if checkpoint is not None and run_dir.adapter.is_dir() and _is_finished(job, checkpoint):
+    if checkpoint is not None and is_trained(job, checkpoint) and _is_measured(run_dir):
         say("this run is finished; --fresh starts it anew")
     else:
         if is_rank_zero():
             _forget_training(run_dir)
-        state = train(job, run_dir, checkpoint, before=measure.before, after=measure.after)
+        state = train(job, run_dir, checkpoint, before=measure.before, after=measure.after, signals=signals)
         if is_rank_zero():
             _record_training(run_dir, job, state)
+    signals.doing, signals.saved = "after training", f"everything is saved in {run_dir.root}"
     if is_rank_zero():
         try:
             write_report(run_dir)
@@ -160,13 +186,6 @@ def _run_recipe(recipe: Recipe, run_dir: RunDir, provenance: Provenance | None, 
         if recipe.hub.push:
             say(f"pushed to {push_recipe(recipe.hub, run_dir.root).url}")
     return EXIT_OK
-
-
-def _is_finished(job: Job, checkpoint: Checkpoint) -> bool:
-    """Whether the last step is done, or early stopping has ended the run and still would."""
-    stopping = job.recipe.evaluation.early_stopping
-    ended_early = stopping is not None and checkpoint.progress.get("bad_validations", 0) >= stopping.patience
-    return ended_early or checkpoint.step >= job.plan.num_steps
 
 
 def _say_plan(job: Job, checkpoint: Checkpoint | None) -> None:
@@ -237,6 +256,11 @@ def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskR
     results = _read_results(run_dir)
     results[when] = {"metrics": metrics, "samples": [vars(sample) for sample in result.samples] if result else []}
     write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_measured(run_dir: RunDir) -> bool:
+    """Whether a run's last record is there: what came before it is then, too."""
+    return run_dir.adapter.is_dir() and "training" in _read_results(run_dir)
 
 
 def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:

@@ -121,21 +121,38 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's live tensors under PEFT's names, where they are."""
+    # The whole model's state would be collected otherwise, and that of a 4-bit base packed layer by layer.
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, trained, save_embedding_layers=False)
+    return tensors
+
+
 def adapter_state(model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
     """An adapter's tensors under PEFT's names, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    return {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter as PEFT does: weights and configuration. `state` is what `adapter_state` returned."""
-    save_file(adapter_state(model) if state is None else state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_weights(adapter_state(model) if state is None else state, folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(config_text(model))
+
+
+def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write what `adapter_state` returned."""
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def config_text(model: PeftModel) -> str:
+    """The adapter's configuration as PEFT writes it."""
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config["peft_version"] = peft.__version__
     # In the order given: PEFT takes the first of several rank patterns that match.
-    text = json.dumps(config, indent=2, default=_jsonable)
-    (folder / CONFIG_NAME).write_text(text + "\n")
+    return json.dumps(config, indent=2, default=_jsonable) + "\n"
 
 
 def _jsonable(value: Any) -> Any:

@@ -175,6 +175,12 @@ CHECKS: tuple[Check, ...] = (
         "16-mixed needs CUDA and distributed.accelerator is cpu; use bf16-mixed",
     ),
     Check(
+        "training.on_out_of_memory",
+        lambda r: r.training.on_out_of_memory == "halve" and r.distributed.strategy == "fsdp",
+        "{value} does not go with distributed.strategy fsdp, whose other processes would wait for the one that "
+        "computes again; use stop, and a smaller training.micro_batch_size",
+    ),
+    Check(
         "training.optimizer.betas",
         lambda r: not all(0 <= beta < 1 for beta in r.training.optimizer.betas),
         "{value} is out of range; each is a number from 0 and below 1, e.g. [0.9, 0.999]",

@@ -190,6 +190,9 @@ class TrainingSection(Section):
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Order, initial adapter and dropout follow from it.")
     compile: bool = Field(False, description="Compile the decoder layers, each for itself, with torch.compile.")
     on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")
+    on_out_of_memory: Literal["stop", "halve"] = Field(
+        "stop", description="halve: redo the step in forward passes half as large, and keep to them."
+    )
     num_workers: Annotated[int, Field(ge=0)] = Field(0, description="Processes that assemble batches.")
 
 

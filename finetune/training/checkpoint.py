@@ -3,10 +3,10 @@
 `checkpoints/step-000120/` is a servable adapter in PEFT's format plus a small state:
 
     adapter_model.safetensors, adapter_config.json
-    trainer_state.pt     optimizer, step, counters; read with weights_only=True
+    trainer_state.pt     optimizer, loss scaler, step; read with weights_only=True
     recipe.yaml          the resolved recipe
     fingerprints.json    base model and data
-    manifest.json        every file's size and hash; written last
+    manifest.json        step, counters, every file's size and hash; written last
 
 It is written to a temporary directory, synced and renamed. A directory without a manifest, or whose files do not match
 it, is not a checkpoint. The base model is named, never saved.
@@ -14,38 +14,30 @@ it, is not a checkpoint. The base model is named, never saved.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import re
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from finetune.console import warn
-from finetune.errors import BadInputError, FinetuneError
-from finetune.files import new_directory, sha256_file
-from finetune.models.adapters import adapter_state, load_adapter, save_adapter
+from finetune.errors import BadInputError, FinetuneError, ModelError
+from finetune.files import new_directory, sha256_file, write_atomic, write_failure
+from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_weights
+from finetune.training.snapshot import Snapshot
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.pt"
 RECIPE = "recipe.yaml"
 FINGERPRINTS = "fingerprints.json"
 _NAME = re.compile(r"step-(\d{6,})")
-
-
-@dataclass
-class Snapshot:
-    """Everything a checkpoint says, copied off the model: training may go on while it is written."""
-
-    step: int
-    adapter: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    progress: dict[str, Any] = field(default_factory=dict)  # counters of callbacks: plain numbers and strings
 
 
 @dataclass(frozen=True)
@@ -68,30 +60,8 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def take_snapshot(
-    step: int,
-    model: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    scaler_state: dict[str, Any],
-    progress: dict[str, Any],
-) -> Snapshot:
-    """Copy the adapter and the optimizer's state to host memory."""
-    adapter = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
-    return Snapshot(step, adapter, _to_cpu(optimizer.state_dict()), _to_cpu(scaler_state), dict(progress))
-
-
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_cpu(item) for item in value)
-    return value
-
-
 def write_checkpoint(
-    folder: Path, snapshot: Snapshot, model: PeftModel, recipe_text: str, fingerprints: dict[str, Any]
+    folder: Path, snapshot: Snapshot, adapter_config: str, recipe_text: str, fingerprints: dict[str, Any]
 ) -> Checkpoint:
     """Write `snapshot` to `folder/step-N`, whole or not at all.
 
@@ -99,39 +69,73 @@ def write_checkpoint(
         FinetuneError: if it cannot be written (a full disk, no permission); earlier checkpoints are untouched.
     """
     path = folder / checkpoint_name(snapshot.step)
+    state = {"step": snapshot.step, "optimizer": snapshot.optimizer, "scaler": snapshot.scaler}
+    parts: dict[str, Callable[[Path], Any]] = {
+        WEIGHTS_NAME: lambda file: save_weights(snapshot.adapter, file),
+        CONFIG_NAME: lambda file: file.write_text(adapter_config),
+        STATE: lambda file: _save_state(state, file),
+        RECIPE: lambda file: file.write_text(recipe_text),
+        FINGERPRINTS: lambda file: file.write_text(json.dumps(fingerprints, indent=2) + "\n"),
+        MANIFEST: lambda file: file.write_text(_manifest(file.parent, snapshot.step, snapshot.progress)),
+    }
     try:
         if path.exists():
             # Only a damaged one, or one written by a run that was continued from an earlier step.
             shutil.rmtree(path)
-        with new_directory(path) as temporary:
-            save_adapter(model, temporary, snapshot.adapter)
-            state = {
-                "step": snapshot.step,
-                "optimizer": snapshot.optimizer,
-                "scaler": snapshot.scaler,
-                "progress": snapshot.progress,
-            }
-            torch.save(state, temporary / STATE)
-            (temporary / RECIPE).write_text(recipe_text)
-            (temporary / FINGERPRINTS).write_text(json.dumps(fingerprints, indent=2) + "\n")
-            (temporary / MANIFEST).write_text(_manifest(temporary, snapshot))
-    # safetensors and torch.save have errors of their own for a write that failed.
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        write_parts(path, parts)
+    except OSError as error:
         raise FinetuneError(
-            f"cannot write the checkpoint {path}: {reason}; "
+            f"cannot write the checkpoint {path}: {error}; "
             "free some space or give the run another output_dir, then run the same command again"
         ) from error
     return Checkpoint(path, snapshot.step)
 
 
-def _manifest(folder: Path, snapshot: Snapshot) -> str:
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    # To a path, torch would write by C++ streams, which do not say why a write failed.
+    with path.open("wb") as file:
+        torch.save(state, file)
+
+
+def write_parts(path: Path, parts: dict[str, Callable[[Path], Any]]) -> None:
+    """Make the directory `path` of `parts`, each a function that writes one file or several; whole or not at all.
+
+    Raises:
+        OSError: naming the part that could not be written, and why, whatever its library raises.
+    """
+    name = "the directory"
+    try:
+        with new_directory(path) as temporary:
+            for name, write in parts.items():
+                write(temporary / name)
+    # safetensors, tokenizers and torch.save have errors of their own for a write that failed.
+    except Exception as error:
+        raise OSError(f"{name}: {write_failure(error)}") from error
+
+
+def _manifest(folder: Path, step: int, progress: dict[str, Any]) -> str:
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(folder.iterdir())
         if file.name != MANIFEST
     }
-    return json.dumps({"step": snapshot.step, "progress": snapshot.progress, "files": files}, indent=2) + "\n"
+    return _manifest_text({"step": step, "progress": progress, "files": files})
+
+
+def _manifest_text(content: dict[str, Any]) -> str:
+    return json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """The hash of a manifest's other keys."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def update_progress(checkpoint: Checkpoint, progress: dict[str, Any]) -> None:
+    """Replace the counters of a checkpoint on disk, its manifest being whole at any instant."""
+    content = json.loads((checkpoint.path / MANIFEST).read_text())
+    write_atomic(checkpoint.path / MANIFEST, _manifest_text({**content, "progress": progress}))
 
 
 def damage(path: Path) -> str | None:
@@ -144,6 +148,8 @@ def damage(path: Path) -> str | None:
         return "it has no manifest.json, so it was never finished"
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest.json cannot be read"
+    if manifest.get("sha256", _digest(manifest)) != _digest(manifest):
+        return "its manifest.json does not match its own hash"
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
@@ -189,10 +195,17 @@ def restore(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Opt
     """Load the adapter and the optimizer's state in place; the whole trainer state is returned.
 
     Raises:
-        ModelError: if the adapter does not fit the model.
+        ModelError: if the adapter does not fit the model, or the state holds what only running code could restore.
     """
     load_adapter(model, checkpoint.path)
-    state: dict[str, Any] = torch.load(checkpoint.path / STATE, map_location="cpu", weights_only=True)
+    path = checkpoint.path / STATE
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path}: refused: it holds more than tensors and plain values, and nothing in it is run; "
+            "take a checkpoint from where you trust it, or remove this one"
+        ) from error
     optimizer.load_state_dict(state["optimizer"])
     return state
 

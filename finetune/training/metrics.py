@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.files import write_atomic
+from finetune.files import naming, write_atomic
 
 COLUMNS = (
     "step",
@@ -32,9 +32,14 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def start(self, resumed_step: int) -> None:
-        """Keep the rows up to `resumed_step`: later ones will be written again."""
+    def start(self, resumed_step: int, validation_loss: float | None = None) -> None:
+        """Keep the rows up to `resumed_step`: later ones will be written again.
+
+        `validation_loss` is that of `resumed_step`, where it was measured after its row was written.
+        """
         rows = [row for row in read_metrics(self.path) if int(row["step"] or 0) <= resumed_step]
+        if rows and rows[-1]["step"] == resumed_step and validation_loss is not None:
+            rows[-1]["validation_loss"] = validation_loss
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -43,7 +48,7 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """Write one row; unknown columns are an error of ours."""
-        with self.path.open("a", newline="") as file:
+        with naming(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
 
 

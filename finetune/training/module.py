@@ -18,7 +18,7 @@ from finetune.errors import FinetuneError
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
-from finetune.machine import peak_memory_bytes, release_freed_memory
+from finetune.machine import release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
@@ -28,6 +28,7 @@ from finetune.models.shared import shared_source
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
+from finetune.training.out_of_memory import Halving, is_out_of_memory, out_of_memory_message
 from finetune.training.steps import StepBatch, seed_micro_step
 from finetune.training.strategy import Placement, move_replicated, shard_base
 from finetune.training.turns import in_turn
@@ -87,6 +88,7 @@ class FinetuneModule(L.LightningModule):
         self.num_skipped_steps = 0
         self.last: StepResult | None = None
         self.last_batch: StepBatch | None = None
+        self.halving: Halving | None = None
 
     @property
     def model(self) -> PeftModel:
@@ -177,11 +179,7 @@ class FinetuneModule(L.LightningModule):
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = lr
         self.gradients.attach()
-        micro_losses = []
-        for index, micro in enumerate(batch.micro_batches):
-            if self.recipe.adapter.dropout > 0:
-                seed_micro_step(training.seed, self.step, index, self.global_rank)
-            micro_losses.append(self._forward_backward(micro, batch.num_supervised))
+        batch, micro_losses = self._forward_backward(batch if self.halving is None else self.halving.split(batch))
         total = torch.stack(micro_losses).sum()
         if self.placement.world_size > 1:
             dist.all_reduce(total)
@@ -195,16 +193,37 @@ class FinetuneModule(L.LightningModule):
         self.gradients.zero()
         self.step += 1
 
-    def _forward_backward(self, micro: MicroBatch, num_supervised: int) -> torch.Tensor:
+    def _forward_backward(self, batch: StepBatch) -> tuple[StepBatch, list[torch.Tensor]]:
+        """Add the gradients of all micro-batches; their parts of the step's loss, and the batch as it was computed.
+
+        Raises:
+            FinetuneError: if memory runs out and nothing is to be, or can be, split.
+        """
+        training = self.recipe.training
+        losses: list[torch.Tensor] = []
+        for index, micro in enumerate(batch.micro_batches):
+            if self.recipe.adapter.dropout > 0:
+                seed_micro_step(training.seed, self.step, index, self.global_rank)
+            try:
+                losses.append(self._micro_loss(micro, batch.num_supervised))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.halving is None or len(micro.samples) < 2:
+                    raise FinetuneError(out_of_memory_message(self.step + 1, micro)) from error
+                break
+        else:
+            return batch, losses
+        # Out of the handler: the error held every activation.
+        self.gradients.zero()
+        self.halving.shrink(self.step + 1, micro)
+        return self._forward_backward(self.halving.split(batch))
+
+    def _micro_loss(self, micro: MicroBatch, num_supervised: int) -> torch.Tensor:
         """Add one micro-batch's gradients; its part of the step's loss, detached."""
-        try:
-            with packed_row(micro.layout):
-                loss: torch.Tensor = self.loss_model(micro) / max(1, num_supervised)
-                self.manual_backward(loss)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise FinetuneError(out_of_memory_message(self.step + 1, micro)) from error
-            raise
+        with packed_row(micro.layout):
+            loss: torch.Tensor = self.loss_model(micro) / max(1, num_supervised)
+            self.manual_backward(loss)
         return loss.detach()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -217,18 +236,6 @@ class FinetuneModule(L.LightningModule):
     def _is_finite(self) -> bool:
         assert self.last is not None
         return bool(torch.isfinite(self.last.loss) & torch.isfinite(self.gradients.norm()))
-
-
-def out_of_memory_message(step: int, micro: MicroBatch) -> str:
-    """What filled the memory and which keys make it less; the result of a run depends on none of them."""
-    rows, tokens = micro.input_ids.shape
-    return (
-        f"step {step}: out of memory after {peak_memory_bytes() / 1e9:.1f} GB, at a forward pass of {rows} x {tokens} "
-        f"tokens, {len(micro.targets)} of them supervised.\n"
-        "  Cheapest first: a smaller training.micro_batch_size (or data.max_tokens), "
-        "training.gradient_checkpointing: true, model.quantization: nf4, distributed.strategy: fsdp.\n"
-        "  None of them changes the result; the last checkpoint is untouched, and the same command continues from it."
-    )
 
 
 def decoder_layers(model: PeftModel) -> torch.nn.ModuleList:

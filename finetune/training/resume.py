@@ -42,6 +42,7 @@ HARMLESS = (
     "training.compile",
     "training.num_workers",
     "training.on_non_finite",
+    "training.on_out_of_memory",
 )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,29 @@ from finetune.data.packing import find_prefixes, no_prefixes
 from finetune.data.prepare import PreparedData, prepare_data
 from finetune.data.template import ChatTemplate, load_template
 from finetune.distributed import global_rank
-from finetune.errors import PreemptedError
-from finetune.files import new_directory, replace_directory
-from finetune.models.adapters import save_adapter, token_indices
+from finetune.errors import FinetuneError, PreemptedError
+from finetune.files import replace_directory
+from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, adapter_state, config_text, save_weights, token_indices
 from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
+from finetune.stop_signals import StopSignals, blocked, leave_to_parent
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
-from finetune.training.callbacks import CheckpointWriter, Meter, NonFiniteStop, Preemption, RunState, Validation
-from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore
+from finetune.training.callbacks import Meter, NonFiniteStop
+from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore, write_parts
+from finetune.training.checkpoint_writer import CheckpointWriter
 from finetune.training.fitting import place
 from finetune.training.module import FinetuneModule
+from finetune.training.out_of_memory import Halving
+from finetune.training.preemption import Preemption, requeue
+from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
 from finetune.training.strategy import Placement, build_trainer, resolve_placement
 from finetune.training.turns import in_turn
+from finetune.training.validation import Validation
 
 Hook = Callable[[FinetuneModule], None]
 
@@ -90,55 +97,75 @@ def prepare_job(recipe: Recipe) -> Job:
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
 
 
-def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook, after: Hook) -> RunState:
+def train(
+    job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook, after: Hook, signals: StopSignals
+) -> RunState:
     """Train from `checkpoint`, or from the start; leaves checkpoints and the final adapter in `run`.
 
     `before` is called ahead of the first step of a fresh run, `after` when the last step is done.
 
     Raises:
         PreemptedError: if a signal ended the run early; everything is saved.
+        StopRequested: by a signal while `before` or `after` runs.
         FinetuneError: for a loss that is not finite, or a disk that is full.
     """
     recipe, placement = job.recipe, job.placement
     state = RunState()
     module = FinetuneModule(recipe, job.source, job.tokenizer, placement, job.attention, job.plan.num_steps)
-    flow = _Flow(job, run, checkpoint, state, before, after)
     guard = NonFiniteStop(job.data.train)
-    recipe_text = dump_recipe(recipe)
-    writer = CheckpointWriter(recipe, recipe_text, run, state, job_fingerprints(job), guard)
+    preemption = Preemption(state, signals, recipe.checkpoint.grace_seconds)
     meter = Meter(recipe, run, state, job.plan, job.data.train.lengths)
-    callbacks: list[L.Callback] = [flow, guard, Preemption(state, recipe.checkpoint.grace_seconds), meter, writer]
+    writer = CheckpointWriter(
+        recipe, dump_recipe(recipe), run, state, job_fingerprints(job), guard, signals, resumed=checkpoint
+    )
+    callbacks: list[L.Callback] = [_Flow(job, run, checkpoint, state, before), preemption, guard]
     if job.data.validation is not None and recipe.evaluation.every_steps is not None:
-        held_out = job.steps_of(job.data.validation, rank=flow.rank, world_size=placement.world_size)
-        callbacks.insert(3, Validation(recipe, run, state, held_out, job.template.stop_token_ids))
+        held_out = job.steps_of(job.data.validation, rank=global_rank(), world_size=placement.world_size)
+        stops = job.template.stop_token_ids
+        callbacks.append(Validation(recipe, run, state, held_out, stops, preemption.interrupts))
+    callbacks += [meter, writer, _LastMeasuring(run, state, meter, after, signals)]
     trainer = build_trainer(placement, recipe.training, callbacks)
     steps = job.steps_of(job.data.train, rank=trainer.global_rank, world_size=placement.world_size)
-    steps.first_step = checkpoint.step if checkpoint else 0
+    if checkpoint is not None:
+        steps.first_step = job.plan.num_steps if is_trained(job, checkpoint) else checkpoint.step
+    if recipe.training.on_out_of_memory == "halve":
+        module.halving = Halving(steps)
     if recipe.training.auto_micro_batch:
         trainer.callbacks.insert(0, AutoMicroBatch(steps))  # type: ignore[attr-defined]
     trainer.fit(module, build_loader(steps, recipe, placement))
     if len(steps) == 0:
-        # Killed between the last checkpoint and the adapter: Lightning runs no hooks around an empty loader.
-        flow.on_train_start(trainer, module)
-        flow.on_train_end(trainer, module)
-    if state.stop_reason not in (None, "early_stopping"):
-        assert writer.last is not None or not trainer.is_global_zero
-        raise PreemptedError(
-            f"stopped by {state.stop_reason} at step {module.step} of {job.plan.num_steps}; "
-            f"saved in {run.checkpoints}; run the same command again to continue"
-        )
+        _finish_trained(trainer, module, callbacks, meter)
+    if state.is_preempted:
+        if trainer.is_global_zero:
+            requeue(state.stop_reason)
+        raise PreemptedError(signals.last_line(f"at step {module.step} of {job.plan.num_steps}"))
     return state
 
 
-class _Flow(L.Callback):
-    """Resume at the start, hooks before and after, the final adapter."""
+def is_trained(job: Job, checkpoint: Checkpoint) -> bool:
+    """Whether no step is left: all are done, or the run has stopped early by the recipe as it is now."""
+    if checkpoint.step >= job.plan.num_steps:
+        return True
+    return is_stopped_early(checkpoint.progress, job.recipe.evaluation)
 
-    def __init__(
-        self, job: Job, run: RunDir, checkpoint: Checkpoint | None, state: RunState, before: Hook, after: Hook
-    ) -> None:
+
+def _finish_trained(trainer: L.Trainer, module: FinetuneModule, callbacks: list[L.Callback], meter: Meter) -> None:
+    """For a run killed behind its last checkpoint: Lightning runs no hooks around an empty loader."""
+    try:
+        for callback in callbacks:
+            callback.on_train_start(trainer, module)
+        for callback in callbacks:
+            callback.on_train_end(trainer, module)
+    finally:
+        meter.close()
+
+
+class _Flow(L.Callback):
+    """Resume at the start, or measure the bare base; the final adapter."""
+
+    def __init__(self, job: Job, run: RunDir, checkpoint: Checkpoint | None, state: RunState, before: Hook) -> None:
         self._job, self._run, self._checkpoint, self._state = job, run, checkpoint, state
-        self._before, self._after = before, after
-        self.rank = global_rank()
+        self._before = before
 
     def on_train_start(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
         if self._checkpoint is None:
@@ -147,7 +174,7 @@ class _Flow(L.Callback):
         optimizer = module.optimizers(use_pl_optimizer=False)
         saved = restore(self._checkpoint, module.model, optimizer)  # type: ignore[arg-type]
         trainer.precision_plugin.load_state_dict(saved["scaler"])
-        self._state.load(saved["progress"])
+        self._state.load(self._checkpoint.progress)
         module.step = self._state.step = self._checkpoint.step
         module.num_skipped_steps = self._state.num_skipped_steps
         # Callbacks of others read Lightning's own counter.
@@ -155,21 +182,48 @@ class _Flow(L.Callback):
         progress.total.completed = progress.total.ready = module.step
 
     def on_train_end(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
-        if self._state.stop_reason not in (None, "early_stopping"):
-            return
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self._state.is_preempted:
             save_final_adapter(self._job, self._run, module)
+
+
+class _LastMeasuring(L.Callback):
+    """What comes after training, when everything is saved and a signal may end the run at once again."""
+
+    def __init__(self, run: RunDir, state: RunState, meter: Meter, after: Hook, signals: StopSignals) -> None:
+        self._run, self._state, self._meter, self._after, self._signals = run, state, meter, after, signals
+
+    def on_train_end(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
+        if self._state.is_preempted:
+            return
+        self._meter.close()
+        self._signals.saved = f"training is done and the adapter saved in {self._run.adapter}"
+        self._signals.doing = "while the trained adapter was measured"
+        self._signals.end_deferral()
         self._after(module)
 
 
 def save_final_adapter(job: Job, run: RunDir, module: FinetuneModule) -> None:
-    """Write `adapter/`: PEFT's files, the tokenizer with the template it was trained with, recipe and fingerprints."""
-    with new_directory(run.adapter.with_name(".adapter-new")) as folder:
-        save_adapter(module.model, folder)
-        job.tokenizer.save_pretrained(folder)
-        (folder / RECIPE).write_text(dump_recipe(job.recipe))
-        (folder / FINGERPRINTS).write_text(json.dumps(job_fingerprints(job), indent=2) + "\n")
-    replace_directory(run.adapter.with_name(".adapter-new"), run.adapter)
+    """Write `adapter/`: PEFT's files, the tokenizer with the template it was trained with, recipe and fingerprints.
+
+    Raises:
+        FinetuneError: if it cannot be written; an adapter that stood there still does.
+    """
+    new = run.adapter.with_name(".adapter-new")
+    parts: dict[str, Callable[[Path], Any]] = {
+        WEIGHTS_NAME: lambda file: save_weights(adapter_state(module.model), file),
+        CONFIG_NAME: lambda file: file.write_text(config_text(module.model)),
+        "tokenizer": lambda file: job.tokenizer.save_pretrained(file.parent),
+        RECIPE: lambda file: file.write_text(dump_recipe(job.recipe)),
+        FINGERPRINTS: lambda file: file.write_text(json.dumps(job_fingerprints(job), indent=2) + "\n"),
+    }
+    try:
+        write_parts(new, parts)
+        replace_directory(new, run.adapter)
+    except OSError as error:
+        raise FinetuneError(
+            f"cannot write the adapter {run.adapter}: {error}; training is done and its last checkpoint whole: "
+            "free some space, then run the same command again"
+        ) from error
 
 
 def job_fingerprints(job: Job) -> dict[str, Any]:
@@ -187,6 +241,10 @@ def job_fingerprints(job: Job) -> dict[str, Any]:
 def build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> DataLoader[Any]:
     """The loader of a rank's steps: one item is one optimizer step."""
     workers = recipe.training.num_workers
+    if workers:
+        # The loader's processes and their server would die of a signal that a terminal or SLURM sends to all of a run.
+        with blocked():
+            forkserver.ensure_running()
     return DataLoader(
         steps,
         batch_size=None,
@@ -194,6 +252,7 @@ def build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> Da
         pin_memory=placement.accelerator == "cuda",
         prefetch_factor=4 if workers else None,
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=leave_to_parent if workers else None,
     )
 
 

@@ -8,17 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from finetune.console import progress_bar, say
 from finetune.data.dataset import TokenDataset
-from finetune.files import write_atomic
+from finetune.files import naming, write_atomic
 from finetune.inference.generate import Sampling, generate
 from finetune.inference.mode import inference_mode
-from finetune.recipe.schema import EvaluationSection
+from finetune.recipe.schema import EvaluationSection, Recipe
 from finetune.run_dir import RunDir
 from finetune.training.module import FinetuneModule
+from finetune.training.state import RunState
 from finetune.training.steps import StepDataset, evaluation_steps
 
 # Samples that are planned together: enough to fill packed rows well, few enough to bound memory.
@@ -83,7 +86,7 @@ def write_samples(
         for prompt, answer, completion in zip(prompts, expected, completions, strict=True)
     ]
     if module.global_rank == 0:
-        with run.samples.open("a") as file:
+        with naming(run.samples), run.samples.open("a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return rows
 
@@ -108,6 +111,71 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+class _PutOff(Exception):
+    """A validation is to be left for later."""
+
+
+class Validation(L.Callback):
+    """Validation loss, perplexity and sample completions every n steps; early stopping.
+
+    A stop signal puts a validation off: the step's checkpoint is saved without it, and the next run begins with it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        state: RunState,
+        samples: StepDataset,
+        stop_token_ids: tuple[int, ...],
+        interrupts: Callable[[L.Trainer, FinetuneModule], bool],
+    ) -> None:
+        self._section = recipe.evaluation
+        self._run, self._state, self._samples = run, state, samples
+        self._stop_token_ids, self._interrupts = stop_token_ids, interrupts
+
+    def on_train_start(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
+        """Make up for what a signal put off."""
+        if module.step == self._state.put_off_at:
+            if trainer.is_global_zero:
+                keep_samples(self._run.samples, module.step - 1)
+            self._validate(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: FinetuneModule, *_: Any) -> None:  # type: ignore[override]
+        """Validate where it is due."""
+        every = self._section.every_steps
+        if every is not None and (module.step % every == 0 or module.step == module.num_steps):
+            self._state.put_off_at = module.step
+            if not self._state.is_preempted:
+                self._validate(trainer, module)
+
+    def _validate(self, trainer: L.Trainer, module: FinetuneModule) -> None:
+        def advance(count: int) -> None:
+            bar.advance(count)
+            if self._interrupts(trainer, module):
+                raise _PutOff
+
+        try:
+            with progress_bar("validating", len(self._samples.dataset), line=False) as bar:
+                loss = mean_loss(module, self._samples, on_samples=advance)
+        except _PutOff:
+            return
+        write_samples(module, self._samples.dataset, self._stop_token_ids, self._section, self._run)
+        state = self._state
+        state.validation_loss, state.validated_at, state.put_off_at = loss, module.step, None
+        say(f"step {module.step}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 80)):.2f}")
+        stopping = self._section.early_stopping
+        margin = stopping.min_delta if stopping else 0.0
+        if state.best_validation_loss is None or loss < state.best_validation_loss - margin:
+            state.best_validation_loss, state.bad_validations = loss, 0
+            return
+        state.bad_validations += 1
+        if stopping and state.bad_validations >= stopping.patience:
+            state.stop_reason = "early_stopping"
+            trainer.should_stop = True
+            say(f"early stopping: no better validation loss in {state.bad_validations} validations")
 
 
 def _last_turn(input_ids: np.ndarray, supervised: np.ndarray) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.errors import EXIT_PREEMPTED
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.run_dir import RunDir
 from finetune.training.metrics import read_metrics
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
+from tests.training.test_checkpoint import same_ending
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -168,3 +171,47 @@ def processes_with(variable: str) -> list[int]:
         except OSError:
             continue  # it has ended meanwhile
     return found
+
+
+GATED_VALIDATION = """
+import os, time
+if 'GATE' in os.environ:
+    from finetune.training.validation import Validation
+    validate = Validation._validate
+    def gated(self, *given):
+        open(os.environ['GATE'] + '.reached', 'w').close()
+        while not os.path.exists(os.environ['GATE']):
+            time.sleep(0.001)
+        validate(self, *given)
+    Validation._validate = gated
+"""
+
+
+def test_fm17_fm20_two_sharding_processes_stopped_in_a_validation_end_in_the_same_bytes(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One of the two gets the signal; both leave the validation, and the next run begins with it."""
+    sections = {
+        "training": {"max_steps": 4, "num_workers": 2},
+        "adapter": {"dropout": 0.1},
+        "data": {"packing": "isolated", "max_tokens": 200, "validation": {"size": 4}},
+        "evaluation": {"every_steps": 2},
+    }
+    overrides = ("distributed.strategy=fsdp", "distributed.devices=2")
+    whole = launch(tiny("sharded_whole", "llama", **sections), 1, *overrides)
+    recipe, gate = tiny("sharded_cut", "llama", **sections), tmp_path / "gate"
+    (tmp_path / "sitecustomize.py").write_text(GATED_VALIDATION)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "GATE": str(gate)}
+    command = [sys.executable, "-m", "finetune", "run", str(recipe), *overrides]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not Path(f"{gate}.reached").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    gate.touch()
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == EXIT_PREEMPTED, error[-3000:]
+    assert "stopped by SIGTERM at step 2 of 4; step 2 is saved" in error
+    run = launch(recipe, 1, *overrides)
+    same_ending(whole, run, "step-000004")

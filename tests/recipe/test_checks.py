@@ -57,6 +57,11 @@ REFUSED = [
         "data.template",
         "alpacca is no template; accepts one of auto, alpaca, chatml, plain, or a path",
     ),
+    (
+        ["training.on_out_of_memory=halve", "distributed.strategy=fsdp"],
+        "training.on_out_of_memory",
+        "whose other processes would wait",
+    ),
     (["data.packing=none", "data.max_tokens=4096"], "data.max_tokens", "data.packing is none"),
     (["data.max_tokens=512"], "data.max_tokens", "512 is less than data.max_seq_len (1024)"),
     (["data.validation.size=1.5"], "data.validation.size", "neither a share below 1 nor a whole count"),

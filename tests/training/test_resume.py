@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.models.adapters import WEIGHTS_NAME
 from finetune.training.metrics import read_metrics
 from finetune.training.resume import changed_keys
 from tests.tiny import alpaca_rows, write_jsonl
@@ -90,13 +93,54 @@ def test_resume_takes_the_chosen_checkpoint_and_keeps_the_later_ones(run_tiny: R
 
 
 def test_a_run_killed_before_its_adapter_was_written_is_finished(run_tiny: RunTiny) -> None:
-    import shutil
-
     run = run_tiny(checkpoint=EVERY_STEP)
     want = (run.adapter / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run.adapter)
     run_tiny(checkpoint=EVERY_STEP)
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == want
+
+
+def test_a_run_without_its_last_measurements_is_not_finished(
+    run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while the trained adapter was measured: it is measured by the same command, and trained no further."""
+    sections = {"evaluation": {"metrics": ["perplexity"], "before": False}, "data": {"validation": {"size": 4}}}
+    run = run_tiny(**sections)
+    want = json.loads(run.results.read_text())["after"]
+    for missing in (["training"], ["training", "after"]):
+        results = json.loads(run.results.read_text())
+        run.results.write_text(json.dumps({key: results[key] for key in results if key not in missing}))
+        capsys.readouterr()
+        run_tiny(**sections)
+        assert "this run is finished" not in capsys.readouterr().err
+        results = json.loads(run.results.read_text())
+        assert results["after"] == want and results["training"]["steps"] == 4
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_has_stopped_early_is_finished(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    def sections(patience: int) -> dict[str, Any]:
+        # No validation is ever that much better than the first.
+        stopping = {"patience": patience, "min_delta": 100.0}
+        return {
+            "training": {"max_steps": 6},
+            "data": {"validation": {"size": 4}},
+            "evaluation": {"every_steps": 1, "early_stopping": stopping},
+        }
+
+    run = run_tiny(**sections(2))
+    steps = [row["step"] for row in read_metrics(run.metrics)]
+    assert steps == [1, 2, 3]
+    adapter = (run.adapter / WEIGHTS_NAME).read_bytes()
+    run_tiny(**sections(2))
+    assert "this run is finished" in capsys.readouterr().err
+    # Killed before its adapter was written: it is written, and nothing trained.
+    shutil.rmtree(run.adapter)
+    run_tiny(**sections(2))
+    assert (run.adapter / WEIGHTS_NAME).read_bytes() == adapter
+    assert [row["step"] for row in read_metrics(run.metrics)] == steps
+    run_tiny(**sections(9))
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_keys_of_another_version_are_no_change() -> None:

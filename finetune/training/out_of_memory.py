@@ -1,0 +1,74 @@
+"""When a forward pass does not fit into memory: what is said, and the same step again in smaller passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from finetune.console import say
+from finetune.data.batches import MicroBatch
+from finetune.machine import peak_memory_bytes, release_freed_memory
+from finetune.training.steps import StepBatch, StepDataset
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's or the host's allocator has failed."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory_message(step: int, micro: MicroBatch) -> str:
+    """What filled the memory and which keys make it less; the result of a run depends on none of them."""
+    rows, tokens = micro.input_ids.shape
+    return (
+        f"step {step}: out of memory after {peak_memory_bytes() / 1e9:.1f} GB, at a forward pass of {rows} x {tokens} "
+        f"tokens, {len(micro.targets)} of them supervised.\n"
+        "  Cheapest first: a smaller training.micro_batch_size (or data.max_tokens; training.on_out_of_memory: halve "
+        "finds it), training.gradient_checkpointing: true, model.quantization: nf4, distributed.strategy: fsdp.\n"
+        "  None of them changes the result; the last checkpoint is untouched, and the same command continues from it."
+    )
+
+
+class Halving:
+    """Splits a rank's forward passes in two wherever one did not fit, and keeps the later ones as small."""
+
+    def __init__(self, steps: StepDataset) -> None:
+        self._steps = steps
+        self._own: StepDataset | None = None  # the samples of this rank alone, in smaller passes
+
+    def shrink(self, step: int, failed: MicroBatch) -> None:
+        """From here on no pass is larger than half of `failed`. Says so, and gives freed memory back."""
+        if self._own is None:
+            whole = self._steps
+            self._own = StepDataset(whole.dataset, whole.plan, whole.packing, rank=0, world_size=1, pad_id=whole.pad_id)
+        packing, rows = self._own.packing, failed.input_ids.shape[0]
+        if packing.packed:
+            size = max(1, min(packing.max_tokens, failed.num_computed_tokens) // 2)
+            self._own.packing = replace(packing, max_tokens=size)
+        else:
+            size = max(1, rows // 2)
+            self._own.packing = replace(packing, micro_batch_size=size)
+        unit = "tokens" if packing.packed else "samples"
+        say(
+            f"step {step}: out of memory at a forward pass of {rows} x {failed.input_ids.shape[1]} tokens; "
+            f"from here on at most {size:,} {unit} a pass, with the same result"
+        )
+        release_freed_memory()
+        if failed.input_ids.is_cuda:
+            torch.cuda.empty_cache()
+
+    def split(self, batch: StepBatch) -> StepBatch:
+        """`batch` in passes that are small enough; as it is where they are."""
+        if self._own is None or all(self._fits(micro) for micro in batch.micro_batches):
+            return batch
+        samples = [sample for micro in batch.micro_batches for sample in micro.samples]
+        device = batch.micro_batches[0].input_ids.device
+        micros = [micro.to(device) for micro in self._own.micro_batches(samples)]
+        return StepBatch(batch.step, micros, batch.num_supervised, batch.num_real_tokens)
+
+    def _fits(self, micro: MicroBatch) -> bool:
+        assert self._own is not None
+        packing, count = self._own.packing, len(micro.samples)
+        if count < 2:
+            return True
+        return micro.num_computed_tokens <= packing.max_tokens if packing.packed else count <= packing.micro_batch_size

@@ -1,0 +1,74 @@
+"""Whatever a killed process leaves, the next one finds what was there before or what was to be there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from finetune import files
+from finetune.files import new_directory, recover_directory, replace_directory, write_atomic
+
+
+def killed_at_call(number: int, path: Path) -> None:
+    """A process that replaces `path` by a new directory and is killed ahead of its n-th rename or removal."""
+    pid = os.fork()
+    if pid:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        return
+    calls = iter(range(1, 99))
+
+    def counted(name: str, owner: object) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*given: object, **options: object) -> object:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*given, **options)
+
+        setattr(owner, name, wrapper)
+
+    counted("rename", files.os)
+    counted("rmtree", files.shutil)
+    with new_directory(path.with_name(".it-new")) as folder:
+        (folder / "file").write_text("new")
+    replace_directory(path.with_name(".it-new"), path)
+    os._exit(0)
+
+
+# 1: the new one becomes whole; 2: an older leftover goes; 3 and 4: the two renames; 5: the old one goes.
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_killed_replacement_comes_back(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    path.mkdir()
+    (path / "file").write_text("old")
+    killed_at_call(number, path)
+    recover_directory(tmp_path)
+    assert [found.name for found in tmp_path.iterdir()] == ["it"]
+    assert (path / "file").read_text() == ("new" if number == 5 else "old")
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    """Temporary files and directories of our own, and nothing else that begins with a dot."""
+    kept = [".lock", ".gitignore", ".hidden.json", "results.json", "step-000002"]
+    for name in kept:
+        (tmp_path / name).touch()
+    pid = os.fork()
+    if pid == 0:
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        write_atomic(tmp_path / "results.json", "{}")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    pid = os.fork()
+    if pid == 0:
+        with new_directory(tmp_path / "step-000004") as folder:
+            (folder / "file").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    left = {path.name for path in tmp_path.iterdir()} - set(kept)
+    assert len(left) == 2 and all(name.startswith(".") for name in left), left
+    recover_directory(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

@@ -1,0 +1,106 @@
+"""Out of memory: the system's allocator really fails, in a process whose address space is limited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from finetune.models.adapters import WEIGHTS_NAME
+from finetune.run_dir import RunDir
+from finetune.training.metrics import read_metrics
+from tests.fork_server import ForkedRun, ForkServer
+from tests.tiny import CONFIGS, alpaca_rows, tiny_recipe, write_jsonl, write_recipe, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("memory"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose activations are wide, and eight long rows: one step is one pass of thousands of tokens."""
+    folder = tmp_path_factory.mktemp("long")
+    write_wide(folder / "model", intermediate_size=2048)
+    write_jsonl(folder / "rows.jsonl", alpaca_rows(8, longest=400))
+    return folder
+
+
+def write_wide(folder: Path, **sizes: int) -> None:
+    config = CONFIGS["llama"]()
+    config.update(sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+@pytest.mark.parametrize("packing", ["isolated", "none"])
+def test_a_step_that_does_not_fit_is_computed_in_halves(packing: str, folder: Path, server: ForkServer) -> None:
+    def start(name: str, micro_batch_size: int, headroom: int | None = None, **training: Any) -> ForkedRun:
+        # SGD-like steps: with Adam a gradient near zero may turn its sign by rounding and the step with it.
+        training |= {"max_steps": 3, "micro_batch_size": micro_batch_size, "optimizer": {"lr": 1e-3, "eps": 1.0}}
+        data: dict[str, Any] = {"packing": packing, "max_seq_len": 2048}
+        if packing == "isolated":
+            # All eight samples in a row, or in two or three.
+            data["max_tokens"] = 8192 if micro_batch_size == 8 else 3000
+        recipe = tiny_recipe(
+            folder, folder / "model", folder / "rows.jsonl", name=f"{packing}-{name}", data=data, training=training
+        )
+        path = write_recipe(folder / f"{packing}-{name}.yaml", recipe)
+        return server.start("run", str(path), headroom_bytes=headroom)
+
+    whole = start("whole", 8)
+    assert whole.wait() == 0, whole.output
+    half = start("half", 4)
+    assert half.wait() == 0, half.output
+    needs = whole.largest_pass_bytes, half.largest_pass_bytes
+    assert needs[0] > 1.3 * needs[1], needs
+    between = sum(needs) // 2
+
+    halved = start("halved", 8, between, on_out_of_memory="halve")
+    assert halved.wait() == 0, halved.output
+    assert halved.output.count("out of memory at a forward pass") == 1
+    assert "step 1: out of memory" in halved.output and "with the same result" in halved.output
+    runs = [RunDir(folder / "runs" / f"{packing}-{name}") for name in ("whole", "halved")]
+    losses = [[row["loss"] for row in read_metrics(run.metrics)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    adapters = [load_file(run.adapter / WEIGHTS_NAME) for run in runs]
+    flat = [torch.cat([adapter[name].flatten() for name in sorted(adapter)]) for adapter in adapters]
+    assert (flat[0] - flat[1]).norm() / flat[0].norm() < 1e-5
+
+    stopped = start("stopped", 8, between)
+    assert stopped.wait() == 1
+    assert "step 1: out of memory after" in stopped.output and "training.micro_batch_size" in stopped.output
+    assert "Traceback" not in stopped.output
+
+    # One sample a pass at last, and still no room.
+    hopeless = start("hopeless", 8, 1 << 18, on_out_of_memory="halve")
+    assert hopeless.wait() == 1
+    assert hopeless.output.count("out of memory at a forward pass") >= 3
+    assert "Cheapest first" in hopeless.output and "Traceback" not in hopeless.output
+
+
+def test_fm22_a_validation_keeps_no_logits(folder: Path, server: ForkServer) -> None:
+    """Over 200 batches of a large vocabulary as flat as over 10: kept logits would be 2 GB."""
+    write_wide(folder / "large", vocab_size=32_000)
+    peaks = {}
+    for batches in (10, 200):
+        rows = write_jsonl(folder / f"held-out-{batches}.jsonl", alpaca_rows(batches, longest=40))
+        sections = {
+            "training": {"max_steps": 2, "micro_batch_size": 1, "global_batch_size": 1},
+            "data": {"packing": "none", "validation": {"source": {"path": str(rows)}}, "max_seq_len": 512},
+            "evaluation": {"every_steps": 1},
+        }
+        recipe = tiny_recipe(folder, folder / "large", rows, name=f"flat-{batches}", **sections)
+        run = server.start("run", str(write_recipe(folder / f"flat-{batches}.yaml", recipe)))
+        assert run.wait() == 0, run.output
+        peaks[batches] = run.validation_bytes[1]  # the first one warms up
+    assert peaks[200] < peaks[10] + 50_000_000, peaks
