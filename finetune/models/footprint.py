@@ -34,6 +34,10 @@ from finetune.recipe.schema import LoraSection, ModelSection
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
+# From this size on, glibc maps an allocation by itself and gives it back whole (mallopt(3), M_MMAP_THRESHOLD).
+MAPPED_BYTES = 32 * 2**20
+
+
 class NoEstimateError(ModelError):
     """A model whose work depends on its data, such as experts that tokens choose, cannot be run without data."""
 
@@ -56,6 +60,7 @@ class Footprint:
     forward_peak: float
     loss_peak: float
     backward_peak: float
+    pooled_peak: float  # of tensors below MAPPED_BYTES alone, at their own worst
 
     @property
     def peak(self) -> float:
@@ -69,7 +74,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, existing: Iterator[torch.Tensor]) -> None:
         super().__init__()
         self._known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in existing})
-        self.live = self.peak = 0
+        self.live = self.peak = self.pooled = self.pooled_peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -87,12 +92,15 @@ class _LiveBytes(TorchDispatchMode):
             return
         self._known[storage] = True
         size = storage.nbytes()
-        self.live += size
+        self._add(size)
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, size).atexit = False
+        self.pooled_peak = max(self.pooled_peak, self.pooled)
+        weakref.finalize(storage, self._add, -size).atexit = False
 
-    def _release(self, size: int) -> None:
-        self.live -= size
+    def _add(self, size: int) -> None:
+        self.live += size
+        if abs(size) < MAPPED_BYTES:
+            self.pooled += size
 
 
 def measure_pass(
@@ -182,7 +190,7 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any]) ->
         loss_peak = live.take_peak()
         del hidden, supervised
         loss.backward()
-    return Footprint(kept, forward_peak, loss_peak, live.take_peak())
+    return Footprint(kept, forward_peak, loss_peak, live.take_peak(), live.pooled_peak)
 
 
 @contextmanager

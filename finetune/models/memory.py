@@ -18,8 +18,8 @@ from finetune.recipe.schema import Recipe
 LIBRARIES_BYTES = 700e6
 # What the driver and torch's libraries take of a GPU before the first tensor. Not counted by torch's own peak.
 CUDA_CONTEXT_BYTES = 500e6
-# What the allocator holds beyond the tensors that are alive, as a share of what a step allocates. Measured: see
-# docs/memory.md. On CUDA the caching allocator rounds and fragments less.
+# What the allocator holds beyond the tensors that are alive, as a share of what a step allocates; on a CPU, of tensors
+# that glibc does not map by themselves. See docs/memory.md. On CUDA the caching allocator rounds and fragments less.
 ALLOCATOR_SHARE = {"cpu": 0.2, "cuda": 0.05}
 # Under FSDP: the layer that computes, and the next one, which is gathered meanwhile.
 GATHERED_LAYERS = 2
@@ -138,7 +138,7 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
         "optimizer state": optimizer_bytes(weights.trainable, recipe.training.optimizer),
         "activations": int(footprint.kept),
         "temporaries": int(footprint.peak - footprint.kept),
-        "allocator": int(ALLOCATOR_SHARE[spread.accelerator] * footprint.peak),
+        "allocator": int(ALLOCATOR_SHARE[spread.accelerator] * (footprint.pooled_peak if on_cpu else footprint.peak)),
     }
     parts["libraries" if on_cpu else "CUDA context"] = int(LIBRARIES_BYTES if on_cpu else CUDA_CONTEXT_BYTES)
     return parts

@@ -1,0 +1,37 @@
+"""The memory estimate against what real training processes take, for one case a model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_memory", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def inputs(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    script.write_inputs(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama-nf4-checkpointing-isolated", "qwen3-none-kept-none", "falcon-nf4-kept-none"])
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(case: str, script: ModuleType, inputs: Path) -> None:
+    recipe = script.recipe_of(inputs, case)
+    found, guess = script.measure(recipe), script.predict(recipe)
+    assert abs(guess / found["peak"] - 1) < 0.10
+    # Beside what any process takes, too: the libraries alone are half of a small run.
+    assert abs((guess - found["bare"]) / (found["peak"] - found["bare"]) - 1) < 0.15
