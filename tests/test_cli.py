@@ -167,7 +167,7 @@ def test_a_closed_pipe_is_quiet() -> None:
     [
         (BadInputError("bad"), 2, "error: bad\n"),
         (FinetuneError("failed"), 1, "error: failed\n"),
-        (PreemptedError("again"), 75, "error: again\n"),
+        (PreemptedError("again"), 75, "again\n"),
         (KeyboardInterrupt(), 75, "interrupted\n"),
     ],
     ids=["bad input", "failure", "preempted", "interrupted"],

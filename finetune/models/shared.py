@@ -38,7 +38,7 @@ def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -
     name = f"{Path(source.location).name}-{model.quantization}-{_key(model, source, precision)}"
     folder = cache_dir() / "models" / name
     try:
-        with locked(folder.with_suffix(".lock")):
+        with locked(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
                 _convert(model, source, precision, folder)
     except (OSError, SafetensorError) as error:
@@ -53,6 +53,8 @@ def _convert(model: ModelSection, source: ModelSource, precision: str, folder: P
     what = model.quantization if model.quantization != "none" else str(base_dtype(model, precision))
     say(f"converting {source.name} to {what} in {folder}, once")
     base: Any = load_base(model, source, precision=precision, attention_name="sdpa", shardable=True)
+    # transformers writes on global rank 0 alone; here it is whoever came first on this machine.
+    base.should_save_on_this_rank = lambda is_main_process: is_main_process
     with new_directory(folder) as temporary:
         base.save_pretrained(temporary)
     del base

@@ -1,0 +1,31 @@
+"""The base that all processes of a machine map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from finetune.models.load import load_base, load_config
+from finetune.models.shared import shared_source
+from finetune.models.sources import find_model
+from finetune.recipe.schema import ModelSection
+from tests.tiny import write_model
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whichever_rank_comes_first_writes_all_of_the_base(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    model = ModelSection(name=str(write_model(tmp_path / "model.v1", "falcon")), quantization="nf4")
+    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
+        shared = shared_source(model, find_model(model), precision="bf16-mixed")
+    finally:
+        dist.destroy_process_group()
+    assert load_config(model, shared).model_type == "falcon"
+    base = load_base(model, shared, precision="bf16-mixed", attention_name="sdpa", shardable=True)
+    assert base.get_input_embeddings().weight.shape[0] > 0
