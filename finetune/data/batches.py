@@ -19,8 +19,9 @@ from finetune.kernels.layout import Group, RowLayout, position_ids
 # Matrix units work on tiles: lengths are padded to a multiple of this.
 PAD_MULTIPLE = 8
 # Packed rows come in few lengths, since a kernel is compiled and kept for each: see kernels.attention. Under 2 % of a
-# 1,024-token row is padding then.
+# 1,024-token row is padding with this default of `data.row_multiple`. Rows of up to SHORT_ROW take PAD_MULTIPLE.
 ROW_MULTIPLE = 32
+SHORT_ROW = 256
 
 
 @dataclass
@@ -66,13 +67,13 @@ def round_up(length: int, multiple: int = PAD_MULTIPLE) -> int:
     return -(-length // multiple) * multiple
 
 
-def row_length(num_tokens: int) -> int:
+def row_length(num_tokens: int, multiple: int = ROW_MULTIPLE) -> int:
     """Tokens that are computed for a packed row of `num_tokens`: rows end where their tokens end."""
-    return round_up(max(num_tokens, 1), ROW_MULTIPLE if num_tokens > 8 * ROW_MULTIPLE else PAD_MULTIPLE)
+    return round_up(max(num_tokens, 1), multiple if num_tokens > SHORT_ROW else PAD_MULTIPLE)
 
 
-def packed_batch(dataset: TokenDataset, row: PackedRow, pad_id: int) -> MicroBatch:
-    """One packed row [1, T] with its layout."""
+def packed_batch(dataset: TokenDataset, row: PackedRow, pad_id: int, multiple: int = ROW_MULTIPLE) -> MicroBatch:
+    """One packed row [1, T] with its layout, padded to a multiple of `multiple`."""
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -98,7 +99,7 @@ def packed_batch(dataset: TokenDataset, row: PackedRow, pad_id: int) -> MicroBat
             real += len(input_ids)
         layout.append(Group(prefix, tuple(suffix_lens)))
         offset = start
-    num_tokens = row_length(offset)
+    num_tokens = row_length(offset, multiple)
     ids.append(np.full(num_tokens - offset, pad_id))
     return MicroBatch(
         input_ids=_int64(ids)[None],

@@ -138,6 +138,11 @@ class DataSection(Section):
     max_tokens: PositiveInt | None = Field(
         None, description="Tokens of a packed row; default micro_batch_size x max_seq_len."
     )
+    row_multiple: PositiveInt = Field(
+        32,
+        description="Packed rows are padded to a multiple of this. A CPU compiles and keeps kernels for every "
+        "length: fewer lengths take less memory and time, more padding costs work.",
+    )
     validation: ValidationSection = Field(ValidationSection(), description="Held-out rows.")
     max_rejected_share: Share = Field(0.0, description="Stop if more than this share of rows is malformed.")
     max_over_length_share: Share = Field(0.2, description="Stop if more than this share is over length.")

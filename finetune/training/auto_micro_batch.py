@@ -117,7 +117,7 @@ def trial_batch(steps: StepDataset, longest: list[int], size: int) -> MicroBatch
     # A sample longer than the row gets a row of its own, so one is always there.
     count = max(1, int(np.searchsorted(ends, size, side="right")))
     row = PackedRow((PackedGroup(0, tuple(longest[:count])),), int(ends[count - 1]))
-    return packed_batch(steps.dataset, row, steps.pad_id)
+    return packed_batch(steps.dataset, row, steps.pad_id, steps.packing.row_multiple)
 
 
 def try_step(module: FinetuneModule, micro: MicroBatch) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.data.batches import ROW_MULTIPLE, round_up
+from finetune.data.batches import round_up, row_length
 from finetune.data.dataset import TokenDataset
 from finetune.data.packing import PackedRow
 from finetune.kernels.layout import Group
@@ -39,7 +39,7 @@ def look_at_passes(plan: StepPlan, packing: Packing, train: TokenDataset, world_
         samples = plan.samples(step).tolist()
         if packing.packed:
             for rows in plan_rows(samples, train.lengths, packing, world_size):
-                found += [_packed_pass(row, train) for row in rows if row.samples]
+                found += [_packed_pass(row, train, packing) for row in rows if row.samples]
         else:
             for batches in plan_batches(samples, train.lengths, packing, world_size):
                 found += [_padded_pass(batch, train) for batch in batches if batch]
@@ -48,12 +48,12 @@ def look_at_passes(plan: StepPlan, packing: Packing, train: TokenDataset, world_
     return Passes(largest, sum(real for real, _ in found), computed, len(found), num_steps)
 
 
-def _packed_pass(row: PackedRow, train: TokenDataset) -> tuple[int, ForwardPass]:
+def _packed_pass(row: PackedRow, train: TokenDataset, packing: Packing) -> tuple[int, ForwardPass]:
     layout = tuple(
         Group(group.prefix_len, tuple(int(train.lengths[s]) - group.prefix_len for s in group.samples))
         for group in row.groups
     )
-    tokens = round_up(sum(group.num_tokens for group in layout), ROW_MULTIPLE)
+    tokens = row_length(sum(group.num_tokens for group in layout), packing.row_multiple)
     supervised = int(train.num_supervised[row.samples].sum())
     return int(train.lengths[row.samples].sum()), ForwardPass(1, tokens, supervised, layout)
 

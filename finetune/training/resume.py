@@ -33,6 +33,7 @@ HARMLESS = (
     "model.attention",
     "data.packing",
     "data.max_tokens",
+    "data.row_multiple",
     "data.num_workers",
     "data.max_rejected_share",
     "data.max_over_length_share",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from finetune.data.batches import MicroBatch, packed_batch, padded_batch, round_up, row_length
+from finetune.data.batches import ROW_MULTIPLE, MicroBatch, packed_batch, padded_batch, round_up, row_length
 from finetune.data.dataset import TokenDataset
 from finetune.data.packing import PackedRow, Prefixes, pack_rows
 from finetune.errors import DataError
@@ -29,6 +29,7 @@ class Packing:
     micro_batch_size: int  # samples of a padded batch
     max_tokens: int  # tokens of a packed row
     prefixes: Prefixes
+    row_multiple: int = ROW_MULTIPLE  # packed rows are padded to it
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class StepDataset(Dataset[StepBatch]):
         lengths = self.dataset.lengths
         if self.packing.packed:
             rows = plan_rows(samples, lengths, self.packing, self.world_size)[self.rank]
-            return [packed_batch(self.dataset, row, self.pad_id) for row in rows]
+            return [packed_batch(self.dataset, row, self.pad_id, self.packing.row_multiple) for row in rows]
         batches = plan_batches(samples, lengths, self.packing, self.world_size)[self.rank]
         return [padded_batch(self.dataset, batch, self.pad_id) for batch in batches]
 

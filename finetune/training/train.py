@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import forkserver
 from pathlib import Path
@@ -270,11 +270,11 @@ def choose_packing(recipe: Recipe, train: TokenDataset, *, can_isolate: bool) ->
             prefixes = no_prefixes(len(train))
         say(f"packing: {mode} ({shared / max(1, int(train.lengths.sum())):.0%} of the tokens open alike)")
     max_tokens = data.max_tokens or training.micro_batch_size * data.max_seq_len
-    return Packing(mode != "none", training.micro_batch_size, max_tokens, prefixes)
+    return Packing(mode != "none", training.micro_batch_size, max_tokens, prefixes, data.row_multiple)
 
 
 def _without_prefixes(packing: Packing, num_samples: int) -> Packing:
-    return Packing(packing.packed, packing.micro_batch_size, packing.max_tokens, no_prefixes(num_samples))
+    return replace(packing, prefixes=no_prefixes(num_samples))
 
 
 def resolve_run(recipe: Recipe) -> RunDir:
