@@ -20,6 +20,9 @@ from finetune.training.module import FinetuneModule
 from finetune.training.snapshot import HostBuffers, Snapshot, snapshot_tensors, take_snapshot
 from finetune.training.state import RunState
 
+# Smaller snapshots are allocated anew: touching their pages takes some 50 ms, keeping them takes memory from training.
+KEEP_FROM_BYTES = 128 * 2**20
+
 
 class CheckpointWriter(L.Callback):
     """Saves every n steps, every n minutes, at the end and before stopping. One write is under way at a time.
@@ -44,6 +47,7 @@ class CheckpointWriter(L.Callback):
         self._last_time = time.monotonic()
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._keeps_buffers: bool | None = None  # not known before the optimizer's first step
         self._reserving: Future[None] | None = None
         self._pending: Future[Checkpoint] | None = None
         self.last = resumed
@@ -67,10 +71,12 @@ class CheckpointWriter(L.Callback):
             due = trainer.strategy.broadcast(elapsed) or due
         if due or trainer.should_stop or module.step == module.num_steps:
             self.save(trainer, module)
-        elif self._reserving is None and trainer.is_global_zero:
+        elif self._keeps_buffers is None and trainer.is_global_zero:
             # The optimizer has its moments by now.
             tensors = snapshot_tensors(module.model, module.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
-            self._reserving = self._thread.submit(self._buffers.reserve, tensors)
+            self._keeps_buffers = sum(tensor.nbytes for tensor in tensors.values()) >= KEEP_FROM_BYTES
+            if self._keeps_buffers:
+                self._reserving = self._thread.submit(self._buffers.reserve, tensors)
 
     def save(self, trainer: L.Trainer, module: FinetuneModule) -> None:
         """Begin to write a checkpoint of the step just done; rank 0 alone, the adapter is whole on every rank."""
@@ -109,6 +115,8 @@ class CheckpointWriter(L.Callback):
         pending, self._pending = self._pending, None
         if pending is not None:
             self.last = pending.result()
+            if not self._keeps_buffers:
+                self._buffers.clear()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Let the last checkpoint become whole."""
