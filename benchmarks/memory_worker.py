@@ -31,6 +31,7 @@ def main(recipe_path: str) -> dict[str, int]:
     import bitsandbytes  # noqa: F401
 
     from finetune.run_dir import RunDir
+    from finetune.stop_signals import StopSignals
     from finetune.training.train import prepare_job, train
 
     stages = {"bare": resident_bytes()}
@@ -41,7 +42,7 @@ def main(recipe_path: str) -> dict[str, int]:
         stages["loaded"], stages["load_peak"] = resident_bytes(), peak_memory_bytes()
 
     with tempfile.TemporaryDirectory() as folder:
-        train(job, RunDir(Path(folder)), None, before=before, after=lambda _: None)
+        train(job, RunDir(Path(folder)), None, before=before, after=lambda _: None, signals=StopSignals(""))
     stages["peak"] = peak_memory_bytes()
     return stages
 
