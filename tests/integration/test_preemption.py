@@ -24,6 +24,9 @@ from tests.fork_server import ForkedRun, ForkServer
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 from tests.training.test_checkpoint import same_ending
 
+# Signals must arrive in a certain phase: beside other tests two of them came late.
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 VALIDATION = {
