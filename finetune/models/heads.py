@@ -1,4 +1,4 @@
-"""A causal language model as two parts: the decoder, and the head that turns hidden states into logits.
+"""A causal language model as parts: the decoder and its layers, and the head that turns hidden states into logits.
 
 Training computes logits at supervised positions only, so it calls the parts apart and must repeat what a
 model does to its logits. `check_head` compares both ways on the loaded model, so an unknown model is
@@ -18,6 +18,11 @@ def decoder_of(causal_lm: Any) -> torch.nn.Module:
     """The module that maps input ids to hidden states [B, T, D]."""
     decoder: torch.nn.Module = causal_lm.get_decoder()
     return decoder
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The transformer blocks of a model: its longest list of modules."""
+    return max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
 
 
 def head_logits(causal_lm: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -80,12 +80,6 @@ def keep_layers(config: Any, num_layers: int) -> None:
     text.num_hidden_layers = num_layers
 
 
-def decoder_blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The transformer blocks of a model: its longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len)
-
-
 def is_quantized_linear(module: torch.nn.Module, name: str, head: Any) -> bool:
     """Whether bitsandbytes replaces the layer: every linear one but the output head, adapters apart."""
     return isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from finetune.models.skeleton import decoder_blocks, is_quantized_linear
+from finetune.models.heads import decoder_layers
+from finetune.models.skeleton import is_quantized_linear
 from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection, OptimizerSection
 
 # Source: bitsandbytes 0.50, functional.quantize_4bit and optim.optimizer.
@@ -46,7 +47,7 @@ def count_weights(model: torch.nn.Module, section: ModelSection) -> WeightBytes:
     """Count an adapted model, real or a skeleton; shared parameters count once."""
     causal_lm: Any = model.get_base_model()  # type: ignore[operator]
     head = causal_lm.get_output_embeddings()
-    blocks = decoder_blocks(causal_lm)
+    blocks = decoder_layers(causal_lm)
     in_block = {id(parameter): index for index, block in enumerate(blocks) for parameter in block.parameters()}
     quantized = set()
     if section.quantization != "none":

@@ -22,7 +22,7 @@ from finetune.machine import release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
-from finetune.models.heads import check_head, decoder_of, head_logits
+from finetune.models.heads import check_head, decoder_layers, decoder_of, head_logits
 from finetune.models.load import fit_vocabulary, load_base
 from finetune.models.shared import shared_source
 from finetune.models.sources import ModelSource
@@ -236,9 +236,3 @@ class FinetuneModule(L.LightningModule):
     def _is_finite(self) -> bool:
         assert self.last is not None
         return bool(torch.isfinite(self.last.loss) & torch.isfinite(self.gradients.norm()))
-
-
-def decoder_layers(model: PeftModel) -> torch.nn.ModuleList:
-    """The transformer blocks of the model: its longest list of modules of one class."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len)
