@@ -40,3 +40,8 @@ class PreemptedError(FinetuneError):
     """The run was asked to stop and can be continued by the same command: exit code 75."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

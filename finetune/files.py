@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune.errors import first_line
+
 # What `write_atomic` and `new_directory` call their temporary files (tempfile's own eight letters), and directories
 # that were about to replace another.
 _UNFINISHED = re.compile(r"\..+\.(tmp-)?[a-z0-9_]{8}|\..+-new")
@@ -110,7 +112,7 @@ def write_failure(error: BaseException) -> str:
         if match := re.search(r"\(os error (\d+)\)", str(current)):
             return os.strerror(int(match[1]))
         current = current.__cause__ or current.__context__
-    return (str(error).splitlines() or [repr(error)])[0]
+    return first_line(error)
 
 
 def recover_directory(folder: Path, spare: tuple[str, ...] = ()) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from finetune.console import say, stdout, warn
-from finetune.errors import EXIT_OK, BadInputError, DataError, FinetuneError, ModelError
+from finetune.errors import EXIT_OK, BadInputError, DataError, FinetuneError, ModelError, first_line
 from finetune.files import write_atomic
 from finetune.recipe.compose import Choices, compose_recipe
 from finetune.recipe.load import load_recipe
@@ -153,9 +153,7 @@ def _look_at_model(text: str) -> _Model:
     except ModelError as error:
         if _is_local(text):
             raise
-        warn(
-            f"{str(error).splitlines()[0].rstrip('.')}; its size is taken from its name, lengths of rows are estimated"
-        )
+        warn(f"{first_line(error).rstrip('.')}; its size is taken from its name, lengths of rows are estimated")
         said = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", text.lower())
         size = float(said[1]) * (1e9 if said[2] == "b" else 1e6) if said else None
         return _Model(text, size, None, None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from finetune.console import console, say
 from finetune.data.formats import RowError, load_line
 from finetune.distributed import is_rank_zero
-from finetune.errors import DataError
+from finetune.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import SourceSection
@@ -238,11 +238,10 @@ def _open_hub(section: SourceSection, where: str) -> Source:
     try:
         table = datasets.load_dataset(section.path, name=section.name, split=section.split, revision=section.revision)
     except Exception as error:  # the hub, the network, a builder: datasets wraps them in many types
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{where}.path: {section.path!r} is no file or folder seen from {Path.cwd()}, and as a hub data "
             f"set (name: {section.name}, split: {section.split}, revision: {section.revision}) it could not "
-            f"be loaded: {type(error).__name__}: {first_line} Check the spelling, name and split; without "
+            f"be loaded: {type(error).__name__}: {first_line(error)} Check the spelling, name and split; without "
             "network, download the files elsewhere and name them here."
         ) from error
 

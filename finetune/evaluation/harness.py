@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune.errors import BadInputError, FinetuneError
+from finetune.errors import BadInputError, FinetuneError, first_line
 from finetune.inference.dense import dense_weights
 from finetune.inference.mode import base_of, inference_mode
 
@@ -57,9 +57,8 @@ def run_tasks(
                 model=wrapped, tasks=list(tasks), limit=max_rows, task_manager=manager, bootstrap_iters=0
             )
     except Exception as error:  # tasks are programs of others: they may raise anything
-        reason = str(error).strip().splitlines() or [""]
         raise FinetuneError(
-            f"--lm-eval {','.join(tasks)}: lm-eval failed: {type(error).__name__}: {reason[0]}\n"
+            f"--lm-eval {','.join(tasks)}: lm-eval failed: {type(error).__name__}: {first_line(error)}\n"
             "  `lm-eval ls tasks` lists the tasks that it knows; most fetch their data from the Hub"
         ) from error
     return {

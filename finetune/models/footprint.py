@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from finetune.errors import FinetuneError, ModelError
+from finetune.errors import FinetuneError, ModelError, first_line
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
@@ -129,8 +129,9 @@ def measure_pass(
     except FinetuneError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NoEstimateError(f"the memory of {config.model_type} cannot be told without its data: {reason}") from error
+        raise NoEstimateError(
+            f"the memory of {config.model_type} cannot be told without its data: {first_line(error)}"
+        ) from error
     if short == long:
         return one
     scale = (num_layers - short) / (long - short)

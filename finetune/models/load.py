@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from finetune.console import say
-from finetune.errors import ModelError
+from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
 from finetune.models.progress import library_bars
 from finetune.models.sources import ModelSource, unreachable
@@ -61,9 +61,8 @@ def load_tokenizer(model: ModelSection, source: ModelSource) -> Any:
 
 
 def _tokenizer_error(location: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelError(
-        f"model.tokenizer: cannot load a tokenizer from {location}: {reason.rstrip(': ')}\n"
+        f"model.tokenizer: cannot load a tokenizer from {location}: {first_line(error).rstrip(': ')}\n"
         "  Name one with model.tokenizer, a hub id or a directory that holds tokenizer.json."
     )
 

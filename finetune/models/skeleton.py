@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
-from finetune.errors import ModelError
+from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
 from finetune.models.adapters import attach_adapter
 from finetune.models.load import base_dtype
@@ -45,8 +45,9 @@ def build_skeleton(
                 trust_remote_code=model.trust_remote_code,
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name: no causal language model for {config.model_type}: {reason}") from error
+        raise ModelError(
+            f"model.name: no causal language model for {config.model_type}: {first_line(error)}"
+        ) from error
     base.train()
     base.requires_grad_(False)
     base.config.use_cache = False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import say
-from finetune.errors import ModelError
+from finetune.errors import ModelError, first_line
 from finetune.files import locked, new_directory, sha256_file
 from finetune.models.progress import library_bars
 from finetune.recipe.schema import ModelSection
@@ -126,14 +126,13 @@ def snapshot_folder(source: ModelSource) -> Path:
 
 def unreachable(name: str, error: Exception) -> ModelError:
     """The error for a model that neither this machine nor the Hub provides."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     todo = (
         "Give a local directory, or check the id, the network (HF_HUB_OFFLINE, HF_ENDPOINT) "
         "and, for gated models, your login (hf auth login)."
     )
     if Path(name).is_dir():
         todo = "Its files are damaged or of an unknown kind: download or save the model again."
-    return ModelError(f"model.name: cannot load {name}: {reason}\n  {todo}")
+    return ModelError(f"model.name: cannot load {name}: {first_line(error)}\n  {todo}")
 
 
 def _from_gguf(name: str, path: Path) -> ModelSource:
