@@ -7,7 +7,6 @@ what is found here is not part of a run's result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -37,11 +36,10 @@ class AutoMicroBatch(L.Callback):
         """Try, and say what was found."""
         steps = self._steps
         packing = steps.packing
-        unit = packing.max_tokens if packing.packed else packing.micro_batch_size
         samples = -(-steps.plan.global_batch_size // steps.world_size)
         longest = np.argsort(-steps.dataset.lengths, kind="stable")[:samples].tolist()
         # No forward pass holds more than a rank's share of a step.
-        most = max(unit, int(steps.dataset.lengths[longest].sum()) if packing.packed else samples)
+        most = max(packing.size, int(steps.dataset.lengths[longest].sum()) if packing.packed else samples)
 
         def fits(size: int) -> bool:
             micro = trial_batch(steps, longest, size)
@@ -49,19 +47,16 @@ class AutoMicroBatch(L.Callback):
                 return try_step(module, micro)
 
         try:
-            size = largest(fits, unit, most)
+            size = largest(fits, packing.size, most)
         except LookupError:
             what = "data.max_tokens" if packing.packed else "training.micro_batch_size"
             raise FinetuneError(
-                f"training.auto_micro_batch: no forward pass fits the GPU, not even below {what}: {unit}; "
+                f"training.auto_micro_batch: no forward pass fits the GPU, not even below {what}: {packing.size}; "
                 "try training.gradient_checkpointing: true, model.quantization: nf4 or a smaller data.max_seq_len"
             ) from None
         size = _smallest_of_all_ranks(size, module)
-        if packing.packed:
-            steps.packing = replace(packing, max_tokens=size)
-        else:
-            steps.packing = replace(packing, micro_batch_size=size)
-        say(f"auto_micro_batch: forward passes of {size:,} {'tokens' if packing.packed else 'samples'}")
+        steps.packing = packing.with_size(size)
+        say(f"auto_micro_batch: forward passes of {size:,} {packing.unit}")
 
 
 def check_placement(placement: Placement) -> None:

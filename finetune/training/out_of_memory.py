@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from finetune.console import say
@@ -41,17 +39,12 @@ class Halving:
         if self._own is None:
             whole = self._steps
             self._own = StepDataset(whole.dataset, whole.plan, whole.packing, rank=0, world_size=1, pad_id=whole.pad_id)
-        packing, rows = self._own.packing, failed.input_ids.shape[0]
-        if packing.packed:
-            size = max(1, min(packing.max_tokens, failed.num_computed_tokens) // 2)
-            self._own.packing = replace(packing, max_tokens=size)
-        else:
-            size = max(1, rows // 2)
-            self._own.packing = replace(packing, micro_batch_size=size)
-        unit = "tokens" if packing.packed else "samples"
+        packing, (rows, tokens) = self._own.packing, failed.input_ids.shape
+        size = max(1, min(packing.size, rows * tokens if packing.packed else rows) // 2)
+        self._own.packing = packing.with_size(size)
         say(
-            f"step {step}: out of memory at a forward pass of {rows} x {failed.input_ids.shape[1]} tokens; "
-            f"from here on at most {size:,} {unit} a pass, with the same result"
+            f"step {step}: out of memory at a forward pass of {rows} x {tokens} tokens; "
+            f"from here on at most {size:,} {packing.unit} a pass, with the same result"
         )
         release_freed_memory()
         if failed.input_ids.is_cuda:
@@ -71,4 +64,4 @@ class Halving:
         packing, count = self._own.packing, len(micro.samples)
         if count < 2:
             return True
-        return micro.num_computed_tokens <= packing.max_tokens if packing.packed else count <= packing.micro_batch_size
+        return (micro.num_computed_tokens if packing.packed else count) <= packing.size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,20 @@ class Packing:
     max_tokens: int  # tokens of a packed row
     prefixes: Prefixes
     row_multiple: int = ROW_MULTIPLE  # packed rows are padded to it
+
+    @property
+    def size(self) -> int:
+        """The most that a forward pass holds, in `unit`."""
+        return self.max_tokens if self.packed else self.micro_batch_size
+
+    @property
+    def unit(self) -> str:
+        """What `size` counts."""
+        return "tokens" if self.packed else "samples"
+
+    def with_size(self, size: int) -> Packing:
+        """The same for forward passes of at most `size`."""
+        return replace(self, max_tokens=size) if self.packed else replace(self, micro_batch_size=size)
 
 
 @dataclass(frozen=True)
