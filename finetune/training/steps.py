@@ -164,7 +164,7 @@ def rank_imbalance(
         samples = plan.samples(step).tolist()
         if packing.packed:
             rows = plan_rows(samples, lengths, packing, world_size)
-            costs = [sum(_row_cost(row, lengths) for row in own) for own in rows]
+            costs = [sum(_row_cost(row, lengths, packing.row_multiple) for row in own) for own in rows]
         else:
             batches = plan_batches(samples, lengths, packing, world_size)
             costs = [sum(_batch_cost(batch, lengths) for batch in own) for own in batches]
@@ -173,10 +173,10 @@ def rank_imbalance(
     return largest / mean - 1.0
 
 
-def _row_cost(row: PackedRow, lengths: np.ndarray) -> float:
+def _row_cost(row: PackedRow, lengths: np.ndarray, row_multiple: int) -> float:
     # Attention over a shared prefix is as deep as without sharing; only the prefix's own rows are saved.
     own = lengths[row.samples].astype(float)
-    return row_length(row.num_tokens) + float((sample_costs(own) - own).sum())
+    return row_length(row.num_tokens, row_multiple) + float((sample_costs(own) - own).sum())
 
 
 def _batch_cost(batch: list[int], lengths: np.ndarray) -> float:

@@ -9,7 +9,15 @@ import pytest
 
 from finetune.data.packing import PackedRow, Prefixes, best_fit_decreasing, no_prefixes, pack_rows
 from finetune.recipe.schema import TrainingSection
-from finetune.training.steps import Packing, build_plan, plan_batches, plan_rows, sample_costs, split_over_ranks
+from finetune.training.steps import (
+    Packing,
+    build_plan,
+    plan_batches,
+    plan_rows,
+    rank_imbalance,
+    sample_costs,
+    split_over_ranks,
+)
 
 
 def training(**values: object) -> TrainingSection:
@@ -96,3 +104,13 @@ def test_packing_fills_rows_and_takes_no_time() -> None:
     seconds = time.process_time() - start
     assert seconds < 2.0
     assert lengths.sum() / (2048 * len(bins)) > 0.97
+
+
+@pytest.mark.parametrize("row_multiple", [32, 512])
+def test_the_imbalance_of_ranks_counts_the_padding_of_their_rows(row_multiple: int) -> None:
+    lengths = np.array([500, 300], np.int32)
+    plan = build_plan(2, training(max_steps=1, global_batch_size=2))
+    packing = Packing(True, 1, 512, no_prefixes(2), row_multiple)
+    computed = {32: (512, 320), 512: (512, 512)}[row_multiple]
+    costs = [tokens + length**2 / 8192 for tokens, length in zip(computed, (500, 300), strict=True)]
+    assert rank_imbalance(plan, lengths, packing, 2) == pytest.approx(max(costs) / (sum(costs) / 2) - 1)
