@@ -22,7 +22,7 @@ from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_p
 from finetune.models.sources import ModelSource, find_model
 from finetune.models.weights import optimizer_bytes
 from finetune.recipe.schema import Recipe
-from finetune.training.fitting import Devices, cheapest_fit, choose_strategy, estimate, memory_of
+from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
 from finetune.training.habits import habits_of
 from finetune.training.passes import Passes, look_at_passes
 from finetune.training.steps import Packing, StepPlan, build_plan
@@ -109,12 +109,8 @@ class Checkup:
             changed = section.model_copy(update={"devices": self._devices})
             placement = resolve_placement(changed)
             memory = memory_of(placement)
-        devices = Devices(placement.accelerator, memory, placement.world_size)
-        if section.strategy != "auto" or placement.world_size == 1:
-            return placement, devices, ""
-        chosen, why = choose_strategy(self.recipe, self.planner, placement, memory)
-        size = (placement.accelerator, placement.devices, placement.num_nodes)
-        return Placement(*size, chosen, section.cpu_offload), devices, why
+        placement, why = settle_strategy(self.recipe, self.planner, placement, memory)
+        return placement, Devices(placement.accelerator, memory, placement.world_size), why
 
     @cached_property
     def passes(self) -> Passes:

@@ -51,12 +51,19 @@ def place(recipe: Recipe, config: Any, memory_bytes: int | None = None) -> Place
         BadInputError: if the recipe asks for devices that are not there.
     """
     placement = resolve_placement(recipe.distributed)
-    if recipe.distributed.strategy != "auto" or placement.world_size == 1:
-        return placement
     available = memory_of(placement) if memory_bytes is None else memory_bytes
-    strategy, why = choose_strategy(recipe, Planner(config), placement, available)
-    say(f"distributed.strategy: auto is {strategy}: {why}")
-    return replace(placement, strategy=strategy)
+    placement, why = settle_strategy(recipe, Planner(config), placement, available)
+    if why:
+        say(f"distributed.strategy: auto is {placement.strategy}: {why}")
+    return placement
+
+
+def settle_strategy(recipe: Recipe, planner: Planner, placement: Placement, memory_bytes: int) -> tuple[Placement, str]:
+    """`placement` with strategy auto settled for several processes, and why; no reason where the recipe says which."""
+    if recipe.distributed.strategy != "auto" or placement.world_size == 1:
+        return placement, ""
+    strategy, why = choose_strategy(recipe, planner, placement, memory_bytes)
+    return replace(placement, strategy=strategy), why
 
 
 def choose_strategy(recipe: Recipe, planner: Planner, placement: Placement, memory_bytes: int) -> tuple[str, str]:
