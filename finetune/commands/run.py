@@ -255,7 +255,7 @@ class _Measure:
 def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskResult | None) -> None:
     results = _read_results(run_dir)
     results[when] = {"metrics": metrics, "samples": [vars(sample) for sample in result.samples] if result else []}
-    write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    _write_results(run_dir, results)
 
 
 def _is_measured(run_dir: RunDir) -> bool:
@@ -278,7 +278,7 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
         "machine": describe_machine(),
         "versions": library_versions(),
     }
-    write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    _write_results(run_dir, results)
 
 
 def _forget_training(run_dir: RunDir) -> None:
@@ -286,7 +286,7 @@ def _forget_training(run_dir: RunDir) -> None:
     results = _read_results(run_dir)
     kept = {key: value for key, value in results.items() if key not in ("after", "training")}
     if kept != results:
-        write_atomic(run_dir.results, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+        _write_results(run_dir, kept)
 
 
 def _read_results(run_dir: RunDir) -> dict[str, Any]:
@@ -294,6 +294,10 @@ def _read_results(run_dir: RunDir) -> dict[str, Any]:
         return {}
     results: dict[str, Any] = json.loads(run_dir.results.read_text())
     return results
+
+
+def _write_results(run_dir: RunDir, results: dict[str, Any]) -> None:
+    write_atomic(run_dir.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def _summarize(run_dir: RunDir) -> None:
