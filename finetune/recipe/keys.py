@@ -136,3 +136,21 @@ def _describe_bounds(node: dict[str, Any]) -> str:
     if "exclusiveMaximum" in node:
         return f"{low} and below {node['exclusiveMaximum']:g}"
     return f"{low} to {node['maximum']:g}" if "maximum" in node else low
+
+
+def flatten(value: Any, *, split_lists: bool = False, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value for every leaf of nested mappings and lists of mappings.
+
+    Other lists are leaves, or with `split_lists` have one for each item.
+    """
+    children: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list) and value and (split_lists or isinstance(value[0], dict)):
+        children = list(enumerate(value))
+    if not children:
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for key, below in children:
+        leaves |= flatten(below, split_lists=split_lists, prefix=f"{prefix}.{key}" if prefix else str(key))
+    return leaves

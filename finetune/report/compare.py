@@ -12,14 +12,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from finetune.recipe.keys import place_at
+from finetune.recipe.keys import flatten, place_at
 from finetune.report import numbers
 from finetune.report.charts import draw_chart
 from finetune.report.curves import NUM_COLORS, overlay_charts
 from finetune.report.listing import STATE_STYLES
 from finetune.report.overview import plain_name
 from finetune.report.page import page, table
-from finetune.report.reference import flatten
 from finetune.report.run_files import RunFiles
 
 # Every run has its own; a difference in them says nothing.

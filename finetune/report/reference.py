@@ -8,6 +8,7 @@ from html import escape
 from importlib import metadata
 from typing import Any
 
+from finetune.recipe.keys import flatten
 from finetune.recipe.lines import YamlError, parse_yaml
 from finetune.recipe.schema import Recipe
 from finetune.report import numbers
@@ -151,17 +152,3 @@ def default_values() -> dict[str, Any]:
     needed: dict[str, Any] = {"name": "x", "model": {"name": "x"}, "data": {"sources": [{"path": "x"}]}, "training": {}}
     values = flatten(Recipe.model_validate(needed).model_dump(mode="json"))
     return {key: value for key, value in values.items() if key not in ("name", "model.name", "data.sources.0.path")}
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value for every leaf of nested mappings and lists of mappings; other lists are leaves."""
-    if isinstance(value, dict) and value:
-        children: list[tuple[Any, Any]] = list(value.items())
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        children = list(enumerate(value))
-    else:
-        return {prefix: value}
-    leaves: dict[str, Any] = {}
-    for key, below in children:
-        leaves.update(flatten(below, f"{prefix}.{key}" if prefix else str(key)))
-    return leaves

@@ -10,6 +10,7 @@ import yaml
 
 from finetune.console import say, warn
 from finetune.errors import BadInputError
+from finetune.recipe.keys import flatten
 from finetune.run_dir import RunDir
 from finetune.training.checkpoint import (
     FINGERPRINTS,
@@ -89,7 +90,7 @@ def put_later_aside(run: RunDir, checkpoint: Checkpoint) -> None:
 
 def changed_keys(old: str, new: str) -> list[str]:
     """`key: old value -> new value` of two resolved recipes; keys that only one of them knows are left out."""
-    before, after = _flatten(yaml.safe_load(old)), _flatten(yaml.safe_load(new))
+    before, after = (flatten(yaml.safe_load(text), split_lists=True) for text in (old, new))
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if key in after and before[key] != after[key]] + [
         f"{key}: {'added' if key in after else 'removed'}" for key in before.keys() ^ after.keys() if _is_listed(key)
     ]
@@ -98,19 +99,6 @@ def changed_keys(old: str, new: str) -> list[str]:
 def _is_listed(key: str) -> bool:
     """Whether a key that only one recipe has is a list's item rather than a key of another version."""
     return any(part.isdigit() for part in key.split("."))
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        items = value.items()
-    elif isinstance(value, list) and value:
-        items = dict(enumerate(value)).items()
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in items:
-        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def _is_harmless(key: str) -> bool:
