@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from finetune.models.adapters import WEIGHTS_NAME
 from finetune.run_dir import RunDir
 from finetune.training.checkpoint import list_checkpoints
 from tests.fork_server import ForkServer
-from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
+from tests.tiny import tiny_recipe, write_recipe
 from tests.training.test_checkpoint import same_ending
 
 NUM_STEPS = 40
@@ -33,21 +32,6 @@ SECTIONS = {
     "checkpoint": {"every_steps": 2, "keep_last": 3},
     "logging": {"every_steps": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chaos")
-    write_model(folder / "model", "llama")
-    write_jsonl(folder / "rows.jsonl", alpaca_rows(28))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[ForkServer]:
-    server = ForkServer(folder)
-    yield server
-    server.close()
 
 
 def recipe_of(folder: Path, name: str) -> Path:

@@ -21,7 +21,7 @@ from finetune.training.checkpoint import FINGERPRINTS, MANIFEST, RECIPE, STATE, 
 from tests.export.push_run import hub
 from tests.fork_server import ForkServer
 from tests.hub_double import HubDouble
-from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
+from tests.tiny import tiny_recipe, write_recipe
 
 assert hub  # a fixture
 PAGE = 4096
@@ -32,21 +32,6 @@ CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary/wholerun/KEYKEYKEYKEYKEYKEYKEYKEY",
     "OPENAI_API_KEY": "sk-canarywholerun0123456789abcdefghijkl",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    write_model(folder / "model", "llama")
-    write_jsonl(folder / "rows.jsonl", alpaca_rows(24))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[ForkServer]:
-    server = ForkServer(folder)
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from finetune.run_dir import RunDir
 from finetune.training.checkpoint import damage, list_checkpoints
 from finetune.training.metrics import read_metrics
 from tests.fork_server import ForkedRun, ForkServer
-from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
+from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_recipe
 from tests.training.test_checkpoint import same_ending
 
 # Signals must arrive in a certain phase: beside other tests two of them came late.
@@ -36,21 +35,6 @@ VALIDATION = {
     "evaluation": {"every_steps": 3, "num_samples": 1, "max_new_tokens": 4},
     "checkpoint": {"every_steps": 3, "keep_last": 9},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("signals")
-    write_model(folder / "model", "llama")
-    write_jsonl(folder / "rows.jsonl", alpaca_rows(24))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[ForkServer]:
-    server = ForkServer(folder)
-    yield server
-    server.close()
 
 
 def recipe_of(folder: Path, name: str, **sections: Any) -> tuple[Path, RunDir]:
