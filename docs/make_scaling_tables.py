@@ -22,28 +22,13 @@ GPUS = (1, 2, 4, 8, 16, 32, 64)
 MICRO_STEPS = 4
 
 # Source: config.json of tiiuae/falcon-7b, tiiuae/falcon-40b, meta-llama/Meta-Llama-3-70B and tiiuae/falcon-180B.
+FALCON = {"vocab_size": 65024, "parallel_attn": True, "bias": False, "alibi": False}
+NEW_FALCON = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 8}
 MODELS = {
     "Falcon-7B": lambda: FalconConfig(
-        hidden_size=4544,
-        num_hidden_layers=32,
-        num_attention_heads=71,
-        vocab_size=65024,
-        multi_query=True,
-        parallel_attn=True,
-        bias=False,
-        alibi=False,
+        hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True, **FALCON
     ),
-    "Falcon-40B": lambda: FalconConfig(
-        hidden_size=8192,
-        num_hidden_layers=60,
-        num_attention_heads=128,
-        num_kv_heads=8,
-        vocab_size=65024,
-        new_decoder_architecture=True,
-        parallel_attn=True,
-        bias=False,
-        alibi=False,
-    ),
+    "Falcon-40B": lambda: FalconConfig(hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, **NEW_FALCON),
     "Llama-3-70B": lambda: LlamaConfig(
         hidden_size=8192,
         intermediate_size=28672,
@@ -52,17 +37,7 @@ MODELS = {
         num_key_value_heads=8,
         vocab_size=128256,
     ),
-    "Falcon-180B": lambda: FalconConfig(
-        hidden_size=14848,
-        num_hidden_layers=80,
-        num_attention_heads=232,
-        num_kv_heads=8,
-        vocab_size=65024,
-        new_decoder_architecture=True,
-        parallel_attn=True,
-        bias=False,
-        alibi=False,
-    ),
+    "Falcon-180B": lambda: FalconConfig(hidden_size=14848, num_hidden_layers=80, num_attention_heads=232, **NEW_FALCON),
 }
 
 

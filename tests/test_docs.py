@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -17,9 +15,9 @@ from finetune.recipe.keys import all_keys, place_at
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_recipes
+from tests.scripts import ROOT, load_script
 from tests.test_layers import LAYERS
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data").rglob("*.md")])
 # What a path in the prose may be relative to: the repository, or the package.
@@ -61,17 +59,8 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def recipe_table_script() -> ModuleType:
-    path = ROOT / "docs" / "make_recipe_table.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_recipe_table_is_the_schema() -> None:
-    script = recipe_table_script()
+    script = load_script("docs/make_recipe_table.py")
     text = text_of(README)
     assert script.with_table(text) == text, "run: python docs/make_recipe_table.py"
     cells = set(re.findall(r"^\| \**`([^`]+)`", script.recipe_table(), re.MULTILINE))

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+from tests.scripts import ROOT, load_script
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = "benchmarks/gpu.py"
 
 
 @pytest.mark.slow
 def test_the_command_measures_every_variant(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    command = [sys.executable, str(SCRIPT), "--tiny", "--steps", "1", "--rounds", "1", "--json", str(figures)]
+    command = [sys.executable, str(ROOT / SCRIPT), "--tiny", "--steps", "1", "--rounds", "1", "--json", str(figures)]
     done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, check=True)
     report = json.loads(figures.read_text())
     assert [row["variant"] for row in report["variants"]] == ["bf16", "nf4", "nf4+checkpointing"]
@@ -41,12 +33,12 @@ def test_the_command_measures_every_variant(tmp_path: Path) -> None:
 
 def test_the_shape_is_falcon_7b() -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(FalconConfig(**load_script().FALCON_7B))
+        model = AutoModelForCausalLM.from_config(FalconConfig(**load_script(SCRIPT).FALCON_7B))
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_921_720_704
 
 
 def test_lengths_are_like_alpacas() -> None:
-    script = load_script()
+    script = load_script(SCRIPT)
     rows = list(script.alpaca_like_rows(["word"], 2_000))
     answers = [len(row["completion"].split()) for row in rows]
     assert 35 <= statistics.median(answers) <= 50 and 50 <= statistics.fmean(answers) <= 75

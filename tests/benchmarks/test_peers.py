@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,18 +10,15 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import ROOT, load_script
 from tests.tiny import alpaca_rows, write_jsonl, write_model
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
+FOLDER = ROOT / "benchmarks" / "peers"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_peers", FOLDER / "run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/peers/run.py")
 
 
 def one(tokens: int, seconds: float, memory: float, loss: float) -> dict[str, Any]:
