@@ -39,14 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer every line of standard input until it ends."""
     _check(arguments)
 
-    from finetune.machine import limit_kernel_cache
-    from finetune.models.load import quiet_libraries
+    from finetune.models.startup import importing_libraries
 
-    limit_kernel_cache()
-    # Ahead of the imports below: bitsandbytes gives advice while it is imported.
-    quiet_libraries()
-    from finetune.export.places import find_place
-    from finetune.inference.load import load_run
+    with importing_libraries():
+        from finetune.export.places import find_place
+        from finetune.inference.load import load_run
 
     loaded = load_run(find_place(arguments.run).folder, base_only=arguments.base)
     if arguments.compare and loaded.recipe.adapter.rewrites_base:

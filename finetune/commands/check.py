@@ -54,11 +54,11 @@ def _findings(recipe: Recipe, arguments: argparse.Namespace) -> Iterator[Finding
     yield from run_checks(preflight.CHECKS, recipe)
     if arguments.no_model:
         return
-    from finetune.export import base_terms
-    from finetune.models.load import quiet_libraries
+    from finetune.models.startup import importing_libraries
 
-    quiet_libraries()
-    from finetune.training import checkup
+    with importing_libraries():
+        from finetune.export import base_terms
+        from finetune.training import checkup
 
     subject = checkup.Checkup(recipe, gpu_bytes=arguments.gpu, devices=arguments.devices)
     yield from run_checks(checkup.CHECKS, subject)

@@ -51,13 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure every model, print the table and append it to results.json."""
     tasks = [task.strip() for task in (arguments.lm_eval or "").split(",") if task.strip()]
-    from finetune.machine import limit_kernel_cache
-    from finetune.models.load import quiet_libraries
+    from finetune.models.startup import importing_libraries
 
-    limit_kernel_cache()
-    quiet_libraries()
-    from finetune.evaluation.harness import require_harness
-    from finetune.export.places import find_place
+    with importing_libraries():
+        from finetune.evaluation.harness import require_harness
+        from finetune.export.places import find_place
 
     if arguments.lm_eval is not None or arguments.lm_eval_tasks is not None:
         require_harness(tasks, arguments.lm_eval_tasks)

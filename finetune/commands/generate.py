@@ -55,12 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.base and arguments.adapter:
         raise BadInputError("--base: is the base without an adapter; leave out one of --base and --adapter")
 
-    from finetune.machine import limit_kernel_cache
-    from finetune.models.load import quiet_libraries
-
-    limit_kernel_cache()
-    # Ahead of the imports below: bitsandbytes gives advice while it is imported.
-    quiet_libraries()
     models = _load(arguments)
     start = time.perf_counter()
     answers = [_complete(loaded, prompts, arguments) for loaded in models]
@@ -72,9 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> list[LoadedRun]:
     """The run's model, or one for each --adapter, which share theirs."""
-    from finetune.export.places import find_place
-    from finetune.inference.load import load_run
-    from finetune.inference.several import load_adapters
+    from finetune.models.startup import importing_libraries
+
+    with importing_libraries():
+        from finetune.export.places import find_place
+        from finetune.inference.load import load_run
+        from finetune.inference.several import load_adapters
 
     if not arguments.adapter:
         if arguments.run is None:

@@ -33,13 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare the data as `run` does and show its first rows, or the ones asked for."""
     recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
 
-    from finetune.models.load import quiet_libraries
+    from finetune.models.startup import importing_libraries
 
-    quiet_libraries()  # before bitsandbytes and Lightning are imported: both talk then
-    from finetune.commands.compare import write_page
-    from finetune.console import stdout
-    from finetune.report.preview import preview_html, print_preview
-    from finetune.training.train import prepare_job
+    with importing_libraries():
+        from finetune.commands.compare import write_page
+        from finetune.console import stdout
+        from finetune.report.preview import preview_html, print_preview
+        from finetune.training.train import prepare_job
 
     job = prepare_job(recipe)
     first = arguments.row or 1

@@ -18,7 +18,6 @@ from finetune.files import recover_directory, sole_owner, write_atomic
 from finetune.machine import (
     describe_machine,
     library_versions,
-    limit_kernel_cache,
     peak_memory_bytes,
     release_freed_memory,
 )
@@ -68,13 +67,11 @@ def _continuing_command(arguments: argparse.Namespace) -> str:
 def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
     recipe, provenance = _read_recipe(arguments)
     _check_cheap_things(recipe)
-    limit_kernel_cache()
 
-    from finetune.models.load import quiet_libraries
+    from finetune.models.startup import importing_libraries
 
-    # Before bitsandbytes and Lightning are imported: both talk then.
-    quiet_libraries()
-    from finetune.training.train import resolve_run
+    with importing_libraries():
+        from finetune.training.train import resolve_run
 
     run_dir = resolve_run(recipe)
     with ExitStack() as stack:
@@ -143,17 +140,16 @@ def _run_recipe(
     from finetune.report.html import write_report
     from finetune.training.resume import find_checkpoint, put_later_aside
     from finetune.training.trackers import check_trackers
-    from finetune.training.train import is_trained, job_fingerprints, prepare_job, train
+    from finetune.training.train import is_trained, prepare_job, train
 
     check_trackers(recipe.logging)
     if recipe.hub.push and is_rank_zero():
         check_push(recipe.hub, run_dir.root)
     job = prepare_job(recipe)
-    fingerprints = job_fingerprints(job)
     if provenance is not None and is_rank_zero():
-        check_fingerprints(provenance, fingerprints, arguments.overrides)
+        check_fingerprints(provenance, job.fingerprints, arguments.overrides)
     checkpoint = find_checkpoint(
-        run_dir, arguments.resume, dump_recipe(recipe), fingerprints, accept_changes=arguments.accept_changes
+        run_dir, arguments.resume, dump_recipe(recipe), job.fingerprints, accept_changes=arguments.accept_changes
     )
     if is_rank_zero():
         write_atomic(run_dir.recipe, dump_recipe(recipe))

@@ -1,4 +1,4 @@
-"""One copy of a base for all processes of a machine: converted once into the cache, and mapped from there by each.
+"""One copy of a base for all processes and runs of a machine: converted once into the cache, and mapped from there.
 
 Weights that lie on disk as the model computes with them are mapped, not read: all processes share the pages, and the
 system can drop them. A base to be quantized, or of another dtype, is first written as it will be used.
@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune.console import say
-from finetune.errors import FinetuneError
+from finetune.console import say, warn
+from finetune.errors import FinetuneError, ModelError
 from finetune.files import locked, new_directory
 from finetune.machine import release_freed_memory
 from finetune.models.load import base_dtype, load_base, load_config, quantization_config
@@ -47,6 +47,25 @@ def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -
             "from there; make room, or set FINETUNE_CACHE to another folder"
         ) from error
     return ModelSource(source.name, str(folder), None)
+
+
+def quantized_source(model: ModelSection, source: ModelSource, *, precision: str) -> ModelSource:
+    """Where a CPU maps a 4-bit base from, which would otherwise be quantized at every start; `source` for all others.
+
+    `source` too where the cache cannot be written: the run does not need it.
+
+    Raises:
+        ModelError: if the base cannot be loaded.
+    """
+    if model.quantization not in QUANTIZED_4BIT:
+        return source
+    try:
+        return shared_source(model, source, precision=precision)
+    except FinetuneError as error:
+        if isinstance(error, ModelError):
+            raise
+        warn(f"the base is quantized anew at every start: {error}")
+        return source
 
 
 def _convert(model: ModelSection, source: ModelSource, precision: str, folder: Path) -> None:

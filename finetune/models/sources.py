@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.console import say
 from finetune.errors import ModelError, first_line
-from finetune.files import locked, new_directory, sha256_file
+from finetune.files import locked, new_directory, sha256_file, write_atomic
 from finetune.models.progress import library_bars
 from finetune.recipe.schema import ModelSection
 from finetune.run_dir import cache_dir
@@ -22,6 +24,9 @@ from finetune.run_dir import cache_dir
 PACKAGE_SCHEME = "package://"
 # Part of the key of a converted model: raise it when the conversion changes.
 CONVERSION_VERSION = 2
+# Hashes of files from this size on are kept, once the file is left alone for so long.
+_LARGE_BYTES = 2**20
+_SETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
     """What identifies the base's content: its name, revision and a hash over config and weight files.
 
     A hub snapshot's files are links to blobs that are named by their hash, so nothing is read; local files are
-    hashed in full (about 1 GB/s).
+    hashed in full (about 1 GB/s), once.
     """
     folder = Path(source.location) if source.is_local else snapshot_folder(source)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
@@ -73,12 +78,33 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
     for file in files:
         target = file.resolve()
         is_blob = target.parent.name == "blobs" and len(target.name) >= 40
-        digest.update(f"{file.name} {target.name if is_blob else sha256_file(target)}\n".encode())
+        digest.update(f"{file.name} {target.name if is_blob else _content_hash(target)}\n".encode())
     return {
         "name": source.name,
         "revision": None if source.is_local else folder.name,
         "sha256": digest.hexdigest(),
     }
+
+
+def _content_hash(path: Path) -> str:
+    """sha256 of a file; of a large one it is kept in the cache, under what the file system says of the file.
+
+    Every change of a file gives it another ctime, so one that is back in size and mtime is read again. One that has
+    changed in the last seconds is read each time: its next change could fall into the same tick.
+    """
+    stat = path.stat()
+    if stat.st_size < _LARGE_BYTES:
+        return sha256_file(path)
+    about = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    kept = cache_dir() / "hashes" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+    with suppress(OSError):
+        if len(found := kept.read_text()) == 64:
+            return found
+    digest = sha256_file(path)
+    if time.time() - stat.st_ctime > _SETTLED_SECONDS:
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            write_atomic(kept, digest)
+    return digest
 
 
 def _require_config(path: Path) -> None:
@@ -138,7 +164,7 @@ def unreachable(name: str, error: Exception) -> ModelError:
 def _from_gguf(name: str, path: Path) -> ModelSource:
     if not path.is_file():
         raise ModelError(f"model.name: no such file: {path}")
-    key = hashlib.sha256(f"{sha256_file(path)} {CONVERSION_VERSION}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{_content_hash(path)} {CONVERSION_VERSION}".encode()).hexdigest()[:16]
     folder = cache_dir() / "models" / f"{path.stem}-{key}"
     if not folder.is_dir():
         with locked(folder.with_suffix(".lock")):

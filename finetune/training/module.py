@@ -24,7 +24,7 @@ from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
 from finetune.models.heads import check_head, decoder_layers, decoder_of, head_logits
 from finetune.models.load import fit_vocabulary, load_base
-from finetune.models.shared import shared_source
+from finetune.models.shared import quantized_source, shared_source
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
@@ -100,16 +100,17 @@ class FinetuneModule(L.LightningModule):
         if hasattr(self, "loss_model"):
             return
         recipe, device, source = self.recipe, self.trainer.strategy.root_device, self.source
-        if self.placement.sharded:
+        if self.placement.sharded or device.type == "cpu":
+            find = shared_source if self.placement.sharded else quantized_source
             with in_turn():
-                source = shared_source(recipe.model, source, precision=recipe.training.precision)
+                source = find(recipe.model, source, precision=recipe.training.precision)
         base = load_base(
             recipe.model,
             source,
             precision=recipe.training.precision,
             attention_name=self.attention,
             device="cpu" if self.placement.sharded else device,
-            shardable=self.placement.sharded,
+            shardable=self.placement.sharded or source is not self.source,
         )
         fit_vocabulary(base, self.tokenizer, seed=recipe.training.seed)
         check_head(base, self.source.name)

@@ -65,6 +65,18 @@ class Job:
         """See `steps.rank_imbalance`."""
         return rank_imbalance(self.plan, self.data.train.lengths, self.packing, self.placement.world_size)
 
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """What the run is made from: base model and data, by hash."""
+        validation = self.data.validation
+        return {
+            "base": fingerprint(self.source),
+            "data": {
+                "train": self.data.train.fingerprint,
+                "validation": None if validation is None else validation.fingerprint,
+            },
+        }
+
     def steps_of(self, dataset: TokenDataset, *, rank: int, world_size: int) -> StepDataset:
         """This rank's view of a data set, packed as the recipe says."""
         packing = self.packing if dataset is self.data.train else _without_prefixes(self.packing, len(dataset))
@@ -116,7 +128,7 @@ def train(
     preemption = Preemption(state, signals, recipe.checkpoint.grace_seconds)
     meter = Meter(recipe, run, state, job.plan, job.data.train.lengths)
     writer = CheckpointWriter(
-        recipe, dump_recipe(recipe), run, state, job_fingerprints(job), guard, signals, resumed=checkpoint
+        recipe, dump_recipe(recipe), run, state, job.fingerprints, guard, signals, resumed=checkpoint
     )
     callbacks: list[L.Callback] = [_Flow(job, run, checkpoint, state, before), preemption, guard]
     if job.data.validation is not None and recipe.evaluation.every_steps is not None:
@@ -214,7 +226,7 @@ def save_final_adapter(job: Job, run: RunDir, module: FinetuneModule) -> None:
         CONFIG_NAME: lambda file: file.write_text(config_text(module.model)),
         "tokenizer": lambda file: job.tokenizer.save_pretrained(file.parent),
         RECIPE: lambda file: file.write_text(dump_recipe(job.recipe)),
-        FINGERPRINTS: lambda file: file.write_text(json.dumps(job_fingerprints(job), indent=2) + "\n"),
+        FINGERPRINTS: lambda file: file.write_text(json.dumps(job.fingerprints, indent=2) + "\n"),
     }
     try:
         write_parts(new, parts)
@@ -224,18 +236,6 @@ def save_final_adapter(job: Job, run: RunDir, module: FinetuneModule) -> None:
             f"cannot write the adapter {run.adapter}: {error}; training is done and its last checkpoint whole: "
             "free some space, then run the same command again"
         ) from error
-
-
-def job_fingerprints(job: Job) -> dict[str, Any]:
-    """What the run was made from: base model and data, by hash."""
-    validation = job.data.validation
-    return {
-        "base": fingerprint(job.source),
-        "data": {
-            "train": job.data.train.fingerprint,
-            "validation": None if validation is None else validation.fingerprint,
-        },
-    }
 
 
 def build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> DataLoader[Any]:

@@ -24,7 +24,7 @@ from finetune.export.hub_publish import PushOptions, check_push, push_recipe, pu
 from finetune.export.places import resolve_repo
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import HubSection
-from finetune.training.train import job_fingerprints, prepare_job
+from finetune.training.train import prepare_job
 from tests.export.push_run import CANARIES, TOKEN, build_run, hub
 from tests.hub_double import SIGNATURE, HubDouble, User
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
@@ -452,7 +452,7 @@ def test_a_run_made_again_from_the_hub_gives_the_same_bytes(
     monkeypatch.chdir(here)
     found = load_provenance(f"hf://{REPO}", endpoint=hub.url)
     again = load_recipe(found.recipe, found.overrides)
-    check_fingerprints(found, job_fingerprints(prepare_job(again)))
+    check_fingerprints(found, prepare_job(again).fingerprints)
     assert main(["run", str(found.recipe), *found.overrides]) == 0
     second = here / "runs" / "tiny-again"
     name = "adapter_model.safetensors"
@@ -460,7 +460,7 @@ def test_a_run_made_again_from_the_hub_gives_the_same_bytes(
     # Other data is noticed before any step.
     write_jsonl(data, alpaca_rows(24, seed=1, longest=4))
     with pytest.raises(BadInputError, match="training data: samples of hash"):
-        check_fingerprints(found, job_fingerprints(prepare_job(again)))
+        check_fingerprints(found, prepare_job(again).fingerprints)
 
 
 FRESH = """
