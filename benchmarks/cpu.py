@@ -1,4 +1,4 @@
-"""Three figures of SmolLM2-135M on a CPU: a shared system prompt, NF4, and the wait for the first step.
+"""Two figures of SmolLM2-135M on a CPU: a shared system prompt, and NF4.
 
 `PYTHONPATH=. python benchmarks/cpu.py --data FOLDER` (a folder with gsm8k_train.instruction.jsonl).
 """
@@ -8,11 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +41,6 @@ def write_recipe(folder: Path, name: str, arguments: argparse.Namespace, system:
     return path
 
 
-def seconds_to_first_step(recipe: Path) -> float:
-    """From the start of `finetune run` to the end of its first optimizer step; model and data are cached."""
-    command = [sys.executable, "-m", "finetune", "run", str(recipe), "training.max_steps=1", "--fresh"]
-    started = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("step 1/"):
-                seconds = time.perf_counter() - started
-                process.stderr.read()
-                return seconds
-    raise SystemExit(f"finetune run ended with {process.returncode} before its first step")
-
-
 def line(title: str, report: dict[str, Any]) -> str:
     """The second variant's speed as a multiple of the first's."""
     first, second = report["variants"]
@@ -76,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default=PACKAGE)
-    parser.add_argument("--only", default="prefix,nf4,start")
+    parser.add_argument("--only", default="prefix,nf4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     arguments = parser.parse_args()
@@ -93,14 +75,6 @@ def main() -> None:
             recipe = write_recipe(folder, "nf4", arguments, None)
             report = bench_training(recipe, [], ["bf16", "nf4"], **size)
             print(line("NF4 against bf16", report), flush=True)
-        if "start" in chosen:
-            recipe = write_recipe(folder, "start", arguments, None)
-            seconds_to_first_step(recipe)  # fills the caches
-            times = [seconds_to_first_step(recipe) for _ in range(arguments.rounds)]
-            print(
-                f"| start to the end of the first step of eight samples | {statistics.median(times):.1f} s "
-                f"({min(times):.1f} to {max(times):.1f}) |"
-            )
 
 
 if __name__ == "__main__":
