@@ -73,10 +73,16 @@ def refuse_telemetry() -> None:
 
 def release_freed_memory() -> None:
     """Give the memory that a phase leaves behind back to the system: the next one needs other sizes."""
-    import ctypes
     import gc
 
     gc.collect()
+    trim_freed_memory()
+
+
+def trim_freed_memory() -> None:
+    """Give back what malloc holds and nobody uses; takes some milliseconds."""
+    import ctypes
+
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

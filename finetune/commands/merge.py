@@ -6,7 +6,6 @@ import argparse
 import gc
 import hashlib
 import json
-import logging
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,13 +22,10 @@ if TYPE_CHECKING:
     import torch
 
     from finetune.export.check_merge import CheckSample, Drift, MergeCheck
-    from finetune.export.merge import Merge
+    from finetune.export.merge import Base, Merge
     from finetune.export.merge_plan import MergePlan
     from finetune.export.places import RunPlace
-    from finetune.recipe.schema import Recipe
-
-# Of the memory that is free, what the merged model may take for its check; beyond, its layers stay on disk.
-MAX_MEMORY_SHARE = 0.6
+    from finetune.recipe.schema import ModelSection, Recipe
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +148,34 @@ class _Reference:
 
 def _reference(path: Path, merge: Merge, samples: list[CheckSample]) -> tuple[_Reference, Merge]:
     """What the adapter gives, and the merge with what only the loaded model knows."""
+    from finetune.export.check_streamed import measure_adapter, stream_adapter
+    from finetune.inference.load import placement
+    from finetune.inference.mode import inference_mode
+
+    attention, device = placement(merge.recipe)
+    merge = replace(merge, device=device)
+    say(f"reading {merge.source.name} layer by layer, with the adapter and without")
+    try:
+        streamed = stream_adapter(merge, attention_name=attention, device=device)
+        with inference_mode(streamed.model):
+            wanted, bare = measure_adapter(streamed, samples)
+    except Exception as error:
+        _say_whole(merge.source.name, error)
+        return _whole_reference(path, merge, samples)
+    return _Reference(wanted, bare, device, attention), merge
+
+
+def _say_whole(name: str, error: Exception) -> None:
+    """Why a model is loaded whole for the check; errors that loading it would not mend are raised again."""
+    import torch
+
+    if isinstance(error, FinetuneError | OSError | MemoryError | torch.OutOfMemoryError):
+        raise error
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    say(f"{name} is loaded whole for the check, because {reason}")
+
+
+def _whole_reference(path: Path, merge: Merge, samples: list[CheckSample]) -> tuple[_Reference, Merge]:
     from finetune.export.check_merge import log_probs, measure_drift
     from finetune.export.merge import residual_weights
     from finetune.inference.load import load_run
@@ -159,27 +183,23 @@ def _reference(path: Path, merge: Merge, samples: list[CheckSample]) -> tuple[_R
 
     loaded = load_run(path)
     model: Any = loaded.model
-    device = base_of(model).get_input_embeddings().weight.device
     with inference_mode(model):
         wanted = list(log_probs(base_of(model), samples))
     rewrites = merge.recipe.adapter.rewrites_base
-    merge = replace(merge, device=device)
     if rewrites:
         merge = residual_weights(merge, model)
         model = load_run(path, base_only=True).model
     with inference_mode(model), nullcontext() if rewrites else model.disable_adapter():
-        bare = measure_drift(wanted, base_of(model), samples)
+        bare = measure_drift(wanted, log_probs(base_of(model), samples))
     attention = str(base_of(model).config._attn_implementation)
+    device = base_of(model).get_input_embeddings().weight.device
     del loaded, model
     gc.collect()
     return _Reference(wanted, bare, device, attention), merge
 
 
-def load_merged(folder: Path, recipe: Recipe, *, device: Any, attention: str) -> Any:
-    """A merged model from its files alone, on `device`, in the dtype of its files."""
-    from finetune.models.load import load_base
-    from finetune.models.sources import find_model
-
+def merged_section(folder: Path, recipe: Recipe) -> ModelSection:
+    """A merged model as a recipe names it: its files alone, in their dtype."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     dtype = json.loads((folder / "config.json").read_text()).get("dtype")
     changes = {
@@ -189,71 +209,68 @@ def load_merged(folder: Path, recipe: Recipe, *, device: Any, attention: str) ->
         "quantization": "none",
         "dtype": names.get(dtype, "auto"),
     }
-    section = recipe.model.model_copy(update=changes)
+    return recipe.model.model_copy(update=changes)
+
+
+def load_merged(folder: Path, recipe: Recipe, *, device: Any, attention: str) -> Any:
+    """A merged model from its files alone, on `device`, in the dtype of its files."""
+    from finetune.models.load import load_base
+    from finetune.models.sources import find_model
+
+    section = merged_section(folder, recipe)
     precision = recipe.training.precision
     return load_base(section, find_model(section), precision=precision, attention_name=attention, device=device)
 
 
-def _load_streamed(folder: Path, merge: Merge, reference: _Reference) -> Any:
-    """The merged model with its layers left on disk; a forward pass reads one after the other."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # "some parameters are on the meta device"
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            merge.config, trust_remote_code=merge.recipe.model.trust_remote_code
-        )
-    lists = [
-        (len(module), name) for name, module in skeleton.named_modules() if isinstance(module, torch.nn.ModuleList)
-    ]
-    layers = max(lists)[1]
-    device = reference.device.index if reference.device.type == "cuda" else "cpu"
-    places: dict[str, Any] = {layers: "disk"}
-    for depth in range(layers.count(".") + 1):
-        above = ".".join(layers.split(".")[:depth])
-        for child, _ in skeleton.get_submodule(above).named_children():
-            name = f"{above}.{child}" if above else child
-            if name != layers and not layers.startswith(f"{name}."):
-                places[name] = device
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=merge.torch_dtype,
-        attn_implementation=reference.attention,
-        device_map=places,
-        trust_remote_code=merge.recipe.model.trust_remote_code,
-    )
-
-
-def _fits_in_memory(num_bytes: int, device: torch.device) -> bool:
-    import psutil
-    import torch
-
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return num_bytes <= free * MAX_MEMORY_SHARE
-
-
 def _check(merge: Merge, folder: Path, reference: _Reference, samples: list[CheckSample], rows: str) -> MergeCheck:
-    from finetune.export.check_merge import MergeCheck, measure_drift
+    from finetune.export.check_merge import MergeCheck
+
+    is_quantized = merge.recipe.model.quantization != "none"
+    other_base: Base | None = None
+    if is_quantized:
+        other_base = "original" if merge.base == "dequantized" else "dequantized"
+    say("reading the merged model back, layer by layer")
+    try:
+        merged, other = _measure_streamed(merge, folder, reference, samples, other_base)
+    except Exception as error:
+        _say_whole("the merged model", error)
+        merged, other = _measure_whole(merge, folder, reference, samples, other_base)
+    num_positions = sum(len(sample.positions) for sample in samples)
+    is_own = (merge.base == "dequantized") == is_quantized
+    return MergeCheck(rows, len(samples), num_positions, merge.base, is_own, merged, reference.bare, other_base, other)
+
+
+def _measure_streamed(
+    merge: Merge, folder: Path, reference: _Reference, samples: list[CheckSample], other_base: Base | None
+) -> tuple[Drift, Drift | None]:
+    """How far the merged model is from the adapter, and what merging into the other base would have given."""
+    from finetune.export.check_streamed import measure_streamed, stream_merged
     from finetune.inference.mode import inference_mode
 
-    fits = _fits_in_memory(merge.plan.num_bytes, reference.device)
-    if fits:
-        model = load_merged(folder, merge.recipe, device=reference.device, attention=reference.attention)
-    else:
-        say("the merged model is checked from disk, layer by layer: memory is short for the whole of it")
-        model = _load_streamed(folder, merge, reference)
+    section = merged_section(folder, merge.recipe)
+
+    def measure(base: Base) -> Drift:
+        streamed = stream_merged(merge, section, attention_name=reference.attention, device=reference.device, base=base)
+        with inference_mode(streamed.model):
+            return measure_streamed(reference.log_probs, streamed, samples)
+
+    return measure(merge.base), None if other_base is None else measure(other_base)
+
+
+def _measure_whole(
+    merge: Merge, folder: Path, reference: _Reference, samples: list[CheckSample], other_base: Base | None
+) -> tuple[Drift, Drift | None]:
+    from finetune.export.check_merge import log_probs, measure_drift
+    from finetune.inference.mode import inference_mode
+
+    model = load_merged(folder, merge.recipe, device=reference.device, attention=reference.attention)
     with inference_mode(model):
-        merged = measure_drift(reference.log_probs, model, samples)
-        other_base = other = None
-        if merge.recipe.model.quantization != "none" and fits:
-            other_base = "original" if merge.base == "dequantized" else "dequantized"
-            for parameter, value in merge.rounded_weights(other_base):  # type: ignore[arg-type]
-                model.get_parameter(parameter).copy_(value)
-            other = measure_drift(reference.log_probs, model, samples)
-    num_positions = sum(len(sample.positions) for sample in samples)
-    is_own = (merge.base == "dequantized") == (merge.recipe.model.quantization != "none")
-    return MergeCheck(rows, len(samples), num_positions, merge.base, is_own, merged, reference.bare, other_base, other)
+        merged = measure_drift(reference.log_probs, log_probs(model, samples))
+        if other_base is None:
+            return merged, None
+        for parameter, value in merge.rounded_weights(other_base):
+            model.get_parameter(parameter).copy_(value)
+        return merged, measure_drift(reference.log_probs, log_probs(model, samples))
 
 
 def _say_check(check: MergeCheck) -> None:

@@ -5,8 +5,9 @@ Models come one after the other; of each, only log-probabilities at some supervi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,19 +111,35 @@ def _sample(input_ids: Any, supervised: Any) -> CheckSample | None:
     return CheckSample(ids, positions)
 
 
-@torch.no_grad()
 def log_probs(causal_lm: Any, samples: Sequence[CheckSample]) -> Iterator[torch.Tensor]:
     """Log-probabilities (fp32 [P, V] on the CPU) of each sample's positions; the caller sets the model's mode."""
-    device = causal_lm.get_input_embeddings().weight.device
-    with progress_bar("comparing on held-out rows", len(samples), line=False) as bar:
-        for batch in _batches(samples):
-            # Padded at the end, where causal attention lets nobody look.
-            ids = torch.nn.utils.rnn.pad_sequence([sample.input_ids for sample in batch], batch_first=True)
-            hidden = decoder_of(causal_lm)(input_ids=ids.to(device), use_cache=False).last_hidden_state
-            for row, sample in zip(hidden, batch, strict=True):
-                logits = head_logits(causal_lm, row[sample.positions.to(row.device)])
-                yield torch.log_softmax(logits.float(), dim=-1).cpu()
-            bar.advance(len(batch))
+    calls = forward_passes(causal_lm, samples, causal_lm.get_input_embeddings().weight.device)
+    with progress_bar("comparing on held-out rows", len(calls), line=False) as bar:
+        for call in calls:
+            yield from head_log_probs(causal_lm, call())
+            bar.advance()
+
+
+def forward_passes(
+    causal_lm: Any, samples: Sequence[CheckSample], device: torch.device
+) -> list[Callable[[], list[torch.Tensor]]]:
+    """One call a batch; it gives the last hidden states ([P, D]) of each of its samples."""
+
+    @torch.no_grad()
+    def forward(batch: list[CheckSample]) -> list[torch.Tensor]:
+        # Padded at the end, where causal attention lets nobody look.
+        ids = torch.nn.utils.rnn.pad_sequence([sample.input_ids for sample in batch], batch_first=True)
+        hidden = decoder_of(causal_lm)(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        return [row[sample.positions.to(row.device)] for row, sample in zip(hidden, batch, strict=True)]
+
+    return [partial(forward, batch) for batch in _batches(samples)]
+
+
+@torch.no_grad()
+def head_log_probs(causal_lm: Any, hidden: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Log-probabilities (fp32 [P, V] on the CPU) of last hidden states [P, D]."""
+    for rows in hidden:
+        yield torch.log_softmax(head_logits(causal_lm, rows).float(), dim=-1).cpu()
 
 
 def _batches(samples: Sequence[CheckSample]) -> Iterator[list[CheckSample]]:
@@ -137,11 +154,11 @@ def _batches(samples: Sequence[CheckSample]) -> Iterator[list[CheckSample]]:
     yield batch
 
 
-def measure_drift(reference: Sequence[torch.Tensor], causal_lm: Any, samples: Sequence[CheckSample]) -> Drift:
-    """KL(reference || model) and top-1 agreement of a model with what another gave on the same samples."""
+def measure_drift(reference: Iterable[torch.Tensor], model: Iterable[torch.Tensor]) -> Drift:
+    """KL(reference || model) and top-1 agreement of two models' log-probabilities on the same samples."""
     total = agreed = 0.0
     count = 0
-    for wanted, given in zip(reference, log_probs(causal_lm, samples), strict=True):
+    for wanted, given in zip(reference, model, strict=True):
         total += (wanted.exp() * (wanted - given)).sum(-1).clamp(min=0).sum(dtype=torch.float64).item()
         agreed += float((wanted.argmax(-1) == given.argmax(-1)).sum())
         count += len(wanted)

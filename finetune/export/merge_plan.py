@@ -18,7 +18,7 @@ from transformers.quantizers import AutoHfQuantizer
 from finetune.errors import ModelError
 from finetune.export.merge_files import BaseFiles, TensorInfo
 from finetune.export.merge_steps import Step, read_steps
-from finetune.models.load import quantization_config
+from finetune.models.load import quantization_config, use_plain_linears
 from finetune.recipe.schema import ModelSection
 
 
@@ -75,7 +75,7 @@ def build_plan(
     skeleton = _skeleton(config, model, num_tokens)
     steps = read_steps(skeleton, adapter)
     quantized = _quantized_parameters(config, model)
-    stored = _stored_names(files, skeleton)
+    stored = stored_names(files, skeleton)
     state = skeleton.state_dict()
     weights = []
     for name, info in files.tensors.items():
@@ -147,7 +147,7 @@ def _skeleton(config: Any, model: ModelSection, num_tokens: int) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def _stored_names(files: BaseFiles, skeleton: Any) -> dict[str, str]:
+def stored_names(files: BaseFiles, skeleton: Any) -> dict[str, str]:
     """Names in the files to names in the model, as transformers reads them; what it assembles is left out."""
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
@@ -166,6 +166,7 @@ def _quantized_parameters(config: Any, model: ModelSection) -> set[str]:
     settings = quantization_config(model, shardable=False)
     if settings is None:
         return set()
+    use_plain_linears()
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=model.trust_remote_code)
     plain = {name for name, module in skeleton.named_modules() if _is_bitsandbytes(module)}

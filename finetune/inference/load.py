@@ -171,16 +171,15 @@ def load_saved_template(recipe: Recipe, source: ModelSource, adapter: Path | Non
 
 def load_run_base(recipe: Recipe, source: ModelSource) -> Any:
     """The base model, quantized as in training, with an attention that can decode."""
+    attention_name, device = placement(recipe)
     return load_base(
-        recipe.model,
-        source,
-        precision=recipe.training.precision,
-        attention_name=recipe.model.attention if recipe.model.attention in _DECODING_ATTENTION else "sdpa",
-        device=_device(recipe),
+        recipe.model, source, precision=recipe.training.precision, attention_name=attention_name, device=device
     )
 
 
-def _device(recipe: Recipe) -> torch.device:
+def placement(recipe: Recipe) -> tuple[str, torch.device]:
+    """The attention that a run's model infers with, and where."""
+    attention_name = recipe.model.attention if recipe.model.attention in _DECODING_ATTENTION else "sdpa"
     if recipe.distributed.accelerator != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+        return attention_name, torch.device("cuda", torch.cuda.current_device())
+    return attention_name, torch.device("cpu")

@@ -112,7 +112,7 @@ def load_base(
         ModelError: if it cannot be found or its files are damaged.
     """
     attention.register()
-    _use_plain_linears()
+    use_plain_linears()
     dtype = base_dtype(model, precision)
     kept = str(dtype).removeprefix("torch.") if model.quantization == "none" else model.quantization
     say(f"loading {source.name} ({kept})")
@@ -161,7 +161,7 @@ def fit_vocabulary(base: Any, tokenizer: Any, *, seed: int) -> None:
             base.resize_token_embeddings(len(tokenizer))
 
 
-def _use_plain_linears() -> None:
+def use_plain_linears() -> None:
     """Let Falcon build torch's Linear: only that exact class is quantized, and its own has the same forward."""
     from transformers.models.falcon import modeling_falcon
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
 from finetune.models.adapters import attach_adapter
-from finetune.models.load import base_dtype
+from finetune.models.load import base_dtype, use_plain_linears
 from finetune.recipe.schema import LoraSection, ModelSection
 
 
@@ -31,6 +31,7 @@ def build_skeleton(
         ModelError: if transformers has no causal language model for the configuration.
     """
     attention.register()
+    use_plain_linears()
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from finetune.cli import main
 from finetune.commands import merge as command
-from finetune.export import check_merge
+from finetune.export import check_merge, check_streamed
 from finetune.export.check_merge import Drift, MergeCheck, find_fault
 from finetune.models.adapters import WEIGHTS_NAME
+from finetune.models.streamed import NotStreamableError
 from finetune.recipe.schema import MergeSection
 from tests.tiny import chat_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 
@@ -112,13 +113,22 @@ def test_fm05_an_adapter_that_changes_nothing_is_said(own_run: Path, capsys: pyt
     assert "the adapter changes nothing" in capsys.readouterr().err
 
 
-def test_the_check_from_disk_gives_the_same(quantized_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    assert main(["merge", str(quantized_run), "--out", str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(command, "MAX_MEMORY_SHARE", 0.0)
+@pytest.mark.parametrize("where", ["adapter", "merged"])
+def test_what_cannot_be_checked_by_layers_is_loaded_whole(
+    quantized_run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
     assert main(["merge", str(quantized_run), "--out", str(tmp_path / "streamed")]) == 0
-    whole, streamed = (read_record(tmp_path / name)["check"] for name in ("whole", "streamed"))
-    assert streamed["other"] is None and whole["other"] is not None
-    assert abs(streamed["merged"]["kl"] - whole["merged"]["kl"]) < 1e-6 and streamed["merged"]["agreement"] == 1.0
+    assert "loaded whole" not in capsys.readouterr().err
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotStreamableError("it is odd")
+
+    monkeypatch.setattr(check_streamed, f"stream_{where}", refuse)
+    assert main(["merge", str(quantized_run), "--out", str(tmp_path / "whole")]) == 0
+    err = capsys.readouterr().err
+    assert err.count("is loaded whole for the check, because it is odd") == 1
+    streamed, whole = (read_record(tmp_path / name)["check"] for name in ("streamed", "whole"))
+    assert streamed == whole
 
 
 def test_what_others_wrote_is_not_replaced(plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
