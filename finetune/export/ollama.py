@@ -18,6 +18,8 @@ Message = dict[str, str]
 Render = Callable[[list[Message], bool], str]  # (messages, add_generation_prompt) -> text
 
 MODEL_FILE = "model.gguf"
+# What tells Alpaca's questions with an input from those without one; each kind has its own opening line.
+_INPUT = "\n\n### Input:\n"
 _ROLES = ("system", "user", "assistant")
 _PROBES = {role: f"finetune-probe-{role}" for role in _ROLES}
 
@@ -31,11 +33,14 @@ class TurnTemplate:
     after: dict[str, str]
     generation: str  # what asks for an answer
     system: str  # the system prompt that the template writes of its own; empty for none
+    system_with_input: str = ""  # the same where the first question has an input; empty where that is no matter
 
     def render(self, messages: list[Message]) -> str:
         """What Ollama sends to the model for `messages`."""
         if self.system and not any(message["role"] == "system" for message in messages):
-            messages = [{"role": "system", "content": self.system}, *messages]
+            has_input = self.system_with_input and _INPUT in messages[0]["content"]
+            own = self.system_with_input if has_input else self.system
+            messages = [{"role": "system", "content": own}, *messages]
         turns = [self.before[m["role"]] + m["content"] + self.after[m["role"]] for m in messages]
         return self.opening + "".join(turns) + self.generation
 
@@ -47,7 +52,27 @@ class TurnTemplate:
             f"{self.before[role]}{{{{ .Content }}}}{self.after[role]}"
             for number, role in enumerate(roles)
         )
-        return f"{self.opening}{{{{ range .Messages }}}}{cases}{{{{ end }}}}{{{{ end }}}}{self.generation}"
+        turns = f"{{{{ range .Messages }}}}{cases}{{{{ end }}}}{{{{ end }}}}{self.generation}"
+        return f"{self.opening}{self._own_system()}{turns}"
+
+    def _own_system(self) -> str:
+        """The system prompt by the first question, where it depends on that; else Ollama has it from the Modelfile.
+
+        Go templates cannot search a text, but one can call itself on what follows the first byte.
+        """
+        if not self.system_with_input:
+            return ""
+        without, with_input = (
+            self.before["system"] + text + self.after["system"] for text in (self.system, self.system_with_input)
+        )
+        size = len(_INPUT.encode())
+        return (
+            f'{{{{ define "own" }}}}{{{{ if lt (len .) {size} }}}}{without}'
+            f"{{{{ else if eq (slice . 0 {size}) `{_INPUT}` }}}}{with_input}"
+            '{{ else }}{{ template "own" (slice . 1) }}{{ end }}{{ end }}'
+            "{{ if not .System }}{{ with .Messages }}"
+            '{{ template "own" (index . 0).Content }}{{ end }}{{ end }}'
+        )
 
     def without_bos(self, bos: str) -> TurnTemplate:
         """The same without the BOS that opens it, for a model file that has it added to every prompt."""
@@ -73,18 +98,21 @@ def derive_template(render: Render) -> TurnTemplate:
         raise _refusal("it treats some turns unlike others")
     text = found.go_template()
     literal = [found.opening, found.generation, *found.before.values(), *found.after.values()]
+    literal += [found.system, found.system_with_input] if found.system_with_input else []
     if '"""' in text or any("{{" in part for part in literal):
         raise _refusal('its text holds """ or {{')
+    if odd := next((c for c in text if not (c.isprintable() or c in "\n\t")), None):
+        raise _refusal(f"its text holds {odd!r}, which Ollama drops")
     return found
 
 
 def modelfile(template: TurnTemplate, stops: list[str], system: str | None, model_file: str = MODEL_FILE) -> str:
     """The Modelfile: FROM, TEMPLATE, the texts that end a turn, and the system prompt, if any."""
     lines = [f"FROM ./{model_file}", f'TEMPLATE """{template.go_template()}"""']
-    lines += [f'PARAMETER stop "{_quoted(stop)}"' for stop in stops]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
     if system and "system" not in template.before:
         raise DataError("data.system: this chat template has no turn for a system prompt; export --to gguf instead")
-    if chosen := system or template.system:
+    if chosen := system or ("" if template.system_with_input else template.system):
         if '"""' in chosen:
             raise DataError('data.system: holds """, which a Modelfile cannot')
         lines.append(f'SYSTEM """{chosen}"""')
@@ -137,7 +165,20 @@ def _with_system(found: TurnTemplate, render: Render, again: str) -> TurnTemplat
     else:
         raise ValueError("it opens conversations with and without a system prompt differently")
     before, after = {**found.before, "system": prefix}, {**found.after, "system": suffix}
-    return replace(found, opening=opening, before=before, after=after, system=own)
+    found = replace(found, opening=opening, before=before, after=after, system=own)
+    return _with_input(found, render) if own else found
+
+
+def _with_input(found: TurnTemplate, render: Render) -> TurnTemplate:
+    """The template with the system prompt that it writes of its own for a first question with an input."""
+    question = _with_marker("user")
+    text = render([question], False)
+    rest = found.before["user"] + question["content"] + found.after["user"]
+    head, tail = found.before["system"], found.after["system"] + rest
+    if not (text.startswith(head) and text.endswith(tail)):
+        return found
+    own = text[len(head) : len(text) - len(tail)]
+    return found if own == found.system else replace(found, system_with_input=own)
 
 
 def _around(text: str, role: str) -> tuple[str, str]:
@@ -151,10 +192,16 @@ def _message(role: str) -> Message:
     return {"role": role, "content": _PROBES[role]}
 
 
+def _with_marker(role: str) -> Message:
+    return {"role": role, "content": f"{_PROBES[role]}{_INPUT}{_PROBES[role]}"}
+
+
 def _conversations(template: TurnTemplate) -> list[list[Message]]:
     """What both renderings are compared on."""
     user, answer = {"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2\n\nTwo."}
+    told = _with_marker("user")
     plain = [[user], [user, answer, user], [user, answer, user, answer, user]]
+    plain += [[told], [told, answer, user], [user, answer, told]]
     if "system" not in template.before:
         return plain
     system = {"role": "system", "content": "Be brief.\nBe kind."}
@@ -162,7 +209,10 @@ def _conversations(template: TurnTemplate) -> list[list[Message]]:
 
 
 def _quoted(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    """The text as a Modelfile's value; there are no escapes, and what stands between the quotes is taken as it is."""
+    if '"""' in text:
+        raise DataError(f'data.template: the text {text!r} ends a turn, and holds """, which a Modelfile cannot')
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
 
 
 def _refusal(why: str) -> DataError:

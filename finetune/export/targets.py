@@ -109,7 +109,7 @@ TARGETS: dict[str, Target] = {
     "ollama": Target(
         "merged",
         "Ollama",
-        "its GGUF as above; its template against the chat template on sample conversations; not run in Ollama",
+        "its GGUF as above; its template filled by Go's library, equal to the chat template; not run in Ollama",
         _MODEL_TYPES,
         export_ollama,
     ),

@@ -79,8 +79,21 @@ def test_a_system_prompt_of_the_templates_own_becomes_the_modelfiles() -> None:
     assert modelfile(template, [], "Mine.").endswith('SYSTEM """Mine."""\n')
 
 
-def test_stop_texts_are_quoted() -> None:
-    assert 'PARAMETER stop "\\"\\n\\\\"\n' in modelfile(derive(CHATML), ['"\n\\'], None)
+def test_stop_texts_are_quoted_and_not_escaped() -> None:
+    text = modelfile(derive(CHATML), ['say "', "\n\\"], None)
+    assert 'PARAMETER stop """say """"\nPARAMETER stop "\n\\"\n' in text
+    with pytest.raises(DataError, match="which a Modelfile cannot"):
+        modelfile(derive(CHATML), ['"""'], None)
+
+
+def test_alpacas_opening_line_follows_the_question() -> None:
+    template = derive((TEMPLATES_DIR / "alpaca.jinja").read_text())
+    assert "paired with an input" in template.system_with_input and "paired" not in template.system
+    assert "SYSTEM" not in modelfile(template, [], None), "the template writes it by the question"
+    assert modelfile(template, [], "Be brief.").endswith('SYSTEM """Be brief."""\n')
+    go = template.go_template()
+    assert go.count("paired with an input") == 1 and go.count("{{ range .Messages }}") == 1
+    assert derive(SMOLLM2).system_with_input == ""
 
 
 def test_a_bos_that_the_model_file_adds_is_taken_out() -> None:
@@ -100,11 +113,12 @@ def test_without_a_system_turn_a_system_prompt_is_refused() -> None:
     [
         (NUMBERED, "its first question is written unlike the second"),
         (BRACES, 'its text holds """ or {{'),
+        (CHATML.replace("<|im_end|>", "<|im_end|>\u200b"), "its text holds '\\u200b', which Ollama drops"),
         ("{{ raise_exception('no') }}", "the chat template refuses this conversation"),
         (CHATML.replace("message['content']", "message['content'] | upper"), "it does not write the assistant's text"),
         (CHATML.replace("message['content']", "message['content'] | trim | title | lower"), "treats some turns unlike"),
     ],
-    ids=["numbered", "braces", "refuses", "upper", "lower"],
+    ids=["numbered", "braces", "unprintable", "refuses", "upper", "lower"],
 )
 def test_what_is_more_than_text_around_messages_is_refused(source: str, why: str) -> None:
     with pytest.raises(DataError, match=r"cannot be written as Ollama's Go template: .*llama-server --jinja") as caught:

