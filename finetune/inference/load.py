@@ -14,6 +14,7 @@ from finetune.data.template import ChatTemplate, load_template
 from finetune.errors import ModelError
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, attach_adapter, load_adapter, token_indices
 from finetune.models.load import fit_vocabulary, load_base, load_tokenizer
+from finetune.models.shared import quantized_source
 from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
@@ -172,8 +173,15 @@ def load_saved_template(recipe: Recipe, source: ModelSource, adapter: Path | Non
 def load_run_base(recipe: Recipe, source: ModelSource) -> Any:
     """The base model, quantized as in training, with an attention that can decode."""
     attention_name, device = placement(recipe)
+    precision = recipe.training.precision
+    mapped = quantized_source(recipe.model, source, precision=precision) if device.type == "cpu" else source
     return load_base(
-        recipe.model, source, precision=recipe.training.precision, attention_name=attention_name, device=device
+        recipe.model,
+        mapped,
+        precision=precision,
+        attention_name=attention_name,
+        device=device,
+        shardable=mapped is not source,
     )
 
 

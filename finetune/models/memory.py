@@ -69,9 +69,9 @@ class Planner:
         footprint = self._footprint(recipe, attention, step)
         parts = parts_of(weights, footprint, recipe, spread)
         if spread.accelerator == "cpu" and recipe.model.quantization != "none":
-            # The unquantized file stays mapped until the last layer is quantized; the step comes after it.
+            # The unquantized file stays mapped until the last layer is quantized; adapter and step come after it.
             loading = weights.num_parameters * _file_itemsize(self.config)
-            loading += sum(parts[name] for name in ("quantization constants", "adapter", "libraries")) + weights.base
+            loading += parts["quantization constants"] + parts["libraries"] + weights.base
             parts["loading, beyond a step"] = max(0, loading - sum(parts.values()))
         return MemoryEstimate(parts, footprint, weights, step, spread)
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from finetune.inference.dense import dense_weights
 from finetune.models.load import load_base, load_config
 from finetune.models.shared import quantized_source, shared_source
 from finetune.models.sources import find_model
@@ -47,6 +48,8 @@ def test_a_base_quantized_once_computes_the_same_bits(
     direct = load_base(model, source, precision="bf16-mixed", attention_name="sdpa")
     mapped = load_base(model, once, precision="bf16-mixed", attention_name="sdpa", shardable=True)
     assert torch.equal(direct(ids).logits, mapped(ids).logits)
+    with dense_weights(direct) as size, dense_weights(mapped):
+        assert size > 0 and torch.equal(direct(ids).logits, mapped(ids).logits)
 
 
 def test_a_base_is_quantized_at_every_start_where_the_cache_cannot_be_written(
