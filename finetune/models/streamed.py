@@ -24,8 +24,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from finetune.machine import trim_freed_memory
 from finetune.models.adapters import load_adapter
+from finetune.models.heads import decoder_layers
 from finetune.models.load import fit_vocabulary, quantization_config
-from finetune.models.skeleton import adapt_skeleton, decoder_blocks
+from finetune.models.skeleton import adapt_skeleton
 from finetune.recipe.schema import LoraSection, ModelSection
 
 T = TypeVar("T")
@@ -316,7 +317,7 @@ def _fit_vocabulary(
 
 
 def _block_names(causal_lm: Any) -> list[str]:
-    blocks = {id(block) for block in decoder_blocks(causal_lm)}
+    blocks = {id(block) for block in decoder_layers(causal_lm)}
     return [name for name, module in causal_lm.named_modules() if id(module) in blocks]
 
 
