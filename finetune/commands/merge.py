@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import __version__
 from finetune.console import say, stdout, warn
-from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError
+from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError, first_line
 from finetune.files import new_directory, replace_directory, sha256_file
 from finetune.run_dir import MERGE_RECORD, UNUSABLE
 
@@ -171,8 +171,7 @@ def _say_whole(name: str, error: Exception) -> None:
 
     if isinstance(error, FinetuneError | OSError | MemoryError | torch.OutOfMemoryError):
         raise error
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    say(f"{name} is loaded whole for the check, because {reason}")
+    say(f"{name} is loaded whole for the check, because {first_line(error)}")
 
 
 def _whole_reference(path: Path, merge: Merge, samples: list[CheckSample]) -> tuple[_Reference, Merge]:

@@ -237,11 +237,11 @@ def build_streamed(
     if adapter is not None:
         _fit_vocabulary(causal_lm, adapter, readers, dtypes, device)
     units: dict[str, Unit] = {}
-    blocks = _block_names(causal_lm)
+    layers = _layer_names(causal_lm)
     for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            unit = next((block for block in blocks if name.startswith(f"{block}.")), owner)
+            unit = next((layer for layer in layers if name.startswith(f"{layer}.")), owner)
             weight = _Weight(causal_lm.get_submodule(owner), leaf, dtypes[name], readers[name])
             units.setdefault(unit, Unit(unit, [])).weights.append(weight)
     model = causal_lm if adapter is None else _attach(causal_lm, adapter, section, device)
@@ -316,9 +316,9 @@ def _fit_vocabulary(
     causal_lm.requires_grad_(False)
 
 
-def _block_names(causal_lm: Any) -> list[str]:
-    blocks = {id(block) for block in decoder_layers(causal_lm)}
-    return [name for name, module in causal_lm.named_modules() if id(module) in blocks]
+def _layer_names(causal_lm: Any) -> list[str]:
+    layers = {id(layer) for layer in decoder_layers(causal_lm)}
+    return [name for name, module in causal_lm.named_modules() if id(module) in layers]
 
 
 def _attach(causal_lm: Any, adapter: SavedAdapter, section: ModelSection, device: torch.device) -> Any:
