@@ -20,6 +20,15 @@ from finetune.errors import first_line
 _UNFINISHED = re.compile(r"\..+\.(tmp-)?[a-z0-9_]{8}|\..+-new")
 
 
+def cache_dir() -> Path:
+    """Where converted models and tokenized data are kept: `$FINETUNE_CACHE`, or the user's cache folder."""
+    chosen = os.environ.get("FINETUNE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "finetune"
+
+
 def fsync_path(path: Path) -> None:
     """Force a file's or directory's content to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +75,3 @@ class RunDir:
     def logs(self) -> Path:
         """What trackers keep on disk."""
         return self.root / "logs"
-
-
-def cache_dir() -> Path:
-    """Where converted models and tokenized data are kept: `$FINETUNE_CACHE`, or the user's cache folder."""
-    chosen = os.environ.get("FINETUNE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "finetune"

@@ -25,8 +25,7 @@ from finetune.console import warn
 from finetune.data.ledger import length_histogram, percentiles
 from finetune.data.masking import Chunk, Rejected
 from finetune.errors import FinetuneError
-from finetune.files import fsync_path
-from finetune.run_dir import cache_dir
+from finetune.files import cache_dir, fsync_path
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 _ARRAYS = ("offsets", "num_supervised", "row_of_sample", "origins", "hashes")

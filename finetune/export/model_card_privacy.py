@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
-from finetune.run_dir import cache_dir
+from finetune.files import cache_dir
 
 REMOVED = "[removed]"
 _SHORTEST_SECRET = 8

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finetune.kernels import varlen
+from finetune.kernels import native_attention, varlen
 from finetune.kernels.layout import Block, RowLayout, attention_blocks, block_mask
 
 NAME = "segments"
@@ -72,6 +72,8 @@ def segment_attention(
         )
     if layout and varlen.takes(query):
         out = varlen.varlen_attention(query, key, value, layout, scaling)
+    elif layout and native_attention.takes(query, key):
+        out = native_attention.packed_attention(query, key, value, layout, scaling)
     elif layout:
         out = block_attention(query, key, value, attention_blocks(layout, num_tokens), scaling)
     else:

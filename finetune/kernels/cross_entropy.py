@@ -1,7 +1,8 @@
 """Cross-entropy of a language-model head over supervised positions only, a chunk of tokens at a time.
 
 Neither the logits nor their gradient ever exist for more than one chunk, so memory is bounded by the chunk and not
-by tokens x vocabulary. Each chunk's gradient is taken in the forward pass, so nothing is computed twice.
+by tokens x vocabulary. Each chunk's gradient is taken in the forward pass, so nothing is computed twice. On a CPU with
+AMX a frozen plain head has a native kernel, `cpp/cross_entropy.cpp`, that keeps the logits in the caches.
 
 Shapes: N supervised tokens, D hidden size, V vocabulary.
 """
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from finetune.kernels import native
+
 # fp32 logits of one chunk. 32 MB stays near the caches of a CPU and is far below a GPU's other needs.
 CHUNK_BYTES = 32 * 2**20
 
@@ -22,6 +25,9 @@ CACHED_BYTES = 2**20
 
 # Tokens of a chunk are padded to a multiple of this.
 CHUNK_STEP = 32
+
+# Units of `cpp/cross_entropy.cpp`: tokens and hidden size, and its vocabulary block.
+NATIVE_TILE, NATIVE_BLOCK = 32, 256
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,20 +38,55 @@ def chunk_tokens(vocab_size: int) -> int:
 
 
 def chunked_cross_entropy(
-    hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, params: list[torch.Tensor], vocab_size: int
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: Head,
+    params: list[torch.Tensor],
+    vocab_size: int,
+    plain_weight_VD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed loss (fp32 scalar) of predicting `targets_N` from `head(hidden_ND)`.
 
     `head` maps [n, D] to logits [n, V] with all of the model's own post-processing; `params` are its trainable
-    parameters (none for a frozen head), which receive their gradient too.
+    parameters (none for a frozen head), which receive their gradient too. `plain_weight_VD` is given where the head is
+    the product with that frozen weight and nothing else.
     """
     if hidden_ND.shape[0] == 0:
         # Keeps the graph whole for a micro-batch without labels: every rank must run the same backward.
         return hidden_ND.float().sum() * 0.0
     if not torch.is_grad_enabled():
         return _summed_loss(hidden_ND, targets_N, head, vocab_size)
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_ND, targets_N, head, vocab_size, *params)
+    loss: torch.Tensor
+    if plain_weight_VD is not None and _native_takes(hidden_ND, plain_weight_VD):
+        loss = _NativeCrossEntropy.apply(hidden_ND, targets_N, plain_weight_VD)
+    else:
+        loss = _ChunkedCrossEntropy.apply(hidden_ND, targets_N, head, vocab_size, *params)
     return loss
+
+
+def _native_takes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> bool:
+    return hidden_ND.shape[1] % NATIVE_TILE == 0 and native.takes(hidden_ND, weight_VD) and native.has_amx()
+
+
+class _NativeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND, targets_N, weight_VD):  # type: ignore[no-untyped-def]
+        (count, dim), vocab_size = hidden_ND.shape, weight_VD.shape[0]
+        hidden = F.pad(hidden_ND, (0, 0, 0, -count % NATIVE_TILE))
+        grad = torch.zeros(hidden.shape, dtype=torch.float32)
+        losses = torch.empty(count)
+        block_sums = torch.empty(2, -(-vocab_size // NATIVE_BLOCK), len(hidden))
+        native.call(
+            "cross_entropy", hidden, weight_VD, targets_N.contiguous(), losses, grad, block_sums, len(hidden), count,
+            vocab_size, dim,
+        )  # fmt: skip
+        ctx.save_for_backward(grad[:count].to(hidden_ND.dtype))
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss):  # type: ignore[no-untyped-def]
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_loss, None, None
 
 
 def _summed_loss(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Element-wise parts of a decoder layer that keep only their inputs for the backward pass.
 
-Written out as modules they keep every intermediate; on a CPU each also costs a pass over memory and its page faults.
+Written out as modules they keep every intermediate; on a CPU each also costs a pass over memory, so there the native
+kernels compute them where they can. The torch operations below are the definition.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from finetune.kernels import native
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -23,6 +26,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, eps: float):  # type: ignore[no-untyped-def]
+        ctx.native = native.takes(x, weight)
+        if ctx.native:
+            y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+            native.call("rms_norm_forward", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps)
+            ctx.save_for_backward(x, weight, rstd)
+            return y
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_at_least_fp32(x))
         rstd = torch.rsqrt(norm.square().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight, rstd)
@@ -31,6 +40,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, weight, rstd = ctx.saved_tensors
+        if ctx.native:
+            dx = torch.empty_like(x)
+            native.call(
+                "rms_norm_backward", dy.to(x.dtype).contiguous(), x, weight, rstd, dx, rstd.numel(), x.shape[-1]
+            )
+            return dx, None, None
         scaled = (dy * weight).to(_at_least_fp32(x))
         normal = x * rstd
         mean = (scaled * normal).mean(-1, keepdim=True)
@@ -51,10 +66,54 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate, up):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
+        ctx.native = native.takes(gate, up)
+        if ctx.native:
+            y = torch.empty_like(gate)
+            native.call("silu_mul_forward", gate, up, y, y.numel())
+            return y
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
+        if ctx.native:
+            d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+            native.call("silu_mul_backward", dy.to(gate.dtype).contiguous(), gate, up, d_gate, d_up, gate.numel())
+            return d_gate, d_up
         d_up = F.silu(gate).mul_(dy)
         return torch.ops.aten.silu_backward(dy * up, gate), d_up
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x cos + (-x2, x1) sin, with x1 and x2 the halves of the last dimension: the rotary embedding of Su et al. 2021.
+
+    x is [1, H, T, D] with any strides over H and T; cos and sin [1, T, D] get no gradient.
+    """
+    out: torch.Tensor = _Rotate.apply(x, cos, sin)
+    return out
+
+
+def takes_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether `rotate` has a native kernel for these: elsewhere the model's own function is as good."""
+    fits = x.ndim == 4 and x.shape[0] == 1 and cos.shape == (1, x.shape[2], x.shape[3]) and x.stride(-1) == 1
+    return fits and x.dtype == torch.bfloat16 and native.takes(cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, cos, sin):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, backward=0)
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        dy = dy.to(cos.dtype)
+        return _rotated(dy if dy.stride(-1) == 1 else dy.contiguous(), cos, sin, backward=1), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: int) -> torch.Tensor:
+    _, heads, tokens, dim = x.shape
+    y = x.new_empty(1, tokens, heads, dim)
+    native.call("rotate", x, cos, sin, y, tokens, heads, dim, x.stride(2), x.stride(1), backward)
+    return y.transpose(1, 2)

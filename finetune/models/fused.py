@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from finetune.kernels.lora import Projection, lora_linears
-from finetune.kernels.pointwise import rms_norm, silu_mul
+from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
 
 ADAPTER = "default"
 
@@ -36,10 +36,11 @@ class Fused:
     left_to_peft: int = 0
     norms: int = 0
     mlps: int = 0
+    rotations: int = 0
 
 
-def fuse(model: PeftModel) -> Fused:
-    """Replace the forwards that allow it."""
+def fuse(model: PeftModel, compiled: bool = False) -> Fused:
+    """Replace the forwards that allow it; `compiled` ones keep their rotation, which torch.compile fuses itself."""
     count = Fused()
     grouped: set[torch.nn.Module] = set()
     shares_kv = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
@@ -62,6 +63,9 @@ def fuse(model: PeftModel) -> Fused:
         elif _is_swiglu(module):
             module.forward = MethodType(_swiglu_forward, module)
             count.mlps += 1
+        elif not compiled and _is_rotary(module):
+            module.forward = MethodType(_with_rotation(type(module).forward), module)
+            count.rotations += 1
     return count
 
 
@@ -69,7 +73,8 @@ def unfuse(model: PeftModel) -> None:
     """Give every module the forward of its class again: what `fuse` is compared with."""
     for module in model.modules():
         replaced = getattr(vars(module).get("forward"), "__func__", None)
-        if getattr(replaced, "func", replaced) in (_lora_forward, _grouped_forward, _norm_forward, _swiglu_forward):
+        ours = (_lora_forward, _grouped_forward, _norm_forward, _swiglu_forward)
+        if getattr(replaced, "func", replaced) in ours or _rotation_of(replaced) is _rotation:
             del module.forward
 
 
@@ -191,3 +196,44 @@ def _is_swiglu(module: Any) -> bool:
 def _swiglu_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = module.down_proj(silu_mul(module.gate_proj(x), module.up_proj(x)))
     return out
+
+
+# The name by which transformers' attention modules call their rotary embedding.
+ROTARY = "apply_rotary_pos_emb"
+
+
+def _rotation_of(forward: Any) -> Any:
+    """The rotary function that a forward calls by `ROTARY`; None if it calls none."""
+    code = getattr(forward, "__code__", None)
+    found = forward.__globals__.get(ROTARY) if code is not None and ROTARY in code.co_names else None
+    return getattr(found, "func", found)
+
+
+def _is_rotary(module: torch.nn.Module) -> bool:
+    """Whether an attention module rotates the halves of its heads: some models rotate pairs instead."""
+    theirs = _rotation_of(type(module).forward)
+    if theirs is None or "position_embeddings" not in type(module).forward.__code__.co_varnames:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 3, 8, generator=generator)
+    cos, sin = torch.randn(2, 1, 3, 8, generator=generator)
+    try:
+        got = theirs(q, k, cos, sin)
+    except (TypeError, RuntimeError, IndexError):
+        return False
+    halves = [torch.cat((-x[..., 4:], x[..., :4]), -1) for x in (q, k)]
+    return all(torch.allclose(a, x * cos + h * sin) for a, x, h in zip(got, (q, k), halves, strict=True))
+
+
+def _with_rotation(forward: Any) -> FunctionType:
+    """The same function, but what it calls by `ROTARY` is `_rotation`; the module that defines it stays as it is."""
+    own = {**forward.__globals__, ROTARY: partial(_rotation, forward.__globals__[ROTARY])}
+    changed = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return changed
+
+
+def _rotation(theirs: Any, q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+    if args or kwargs or not all(takes_rotation(x, cos, sin) for x in (q, k)):
+        return theirs(q, k, cos, sin, *args, **kwargs)
+    return rotate(q, cos, sin), rotate(k, cos, sin)

@@ -39,6 +39,19 @@ def head_logits(causal_lm: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def plain_head_weight(causal_lm: Any) -> torch.Tensor | None:
+    """The head's frozen weight [V, D] where logits are the product with it and nothing else."""
+    head: torch.nn.Module = causal_lm.get_output_embeddings()
+    config = causal_lm.config.get_text_config()
+    changed = any(
+        getattr(config, name, None) is not None for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    )
+    # The class itself: an adapter's layer, or a quantized one, is a Linear too.
+    if changed or type(head) is not torch.nn.Linear:
+        return None
+    return head.weight if getattr(head, "bias", None) is None and not head.weight.requires_grad else None
+
+
 @torch.no_grad()
 def check_head(causal_lm: Any, name: str) -> None:
     """Compare decoder and head called apart with the model's own forward on a few tokens.

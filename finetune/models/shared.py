@@ -16,12 +16,11 @@ from safetensors import SafetensorError
 
 from finetune.console import say, warn
 from finetune.errors import FinetuneError, ModelError
-from finetune.files import locked, new_directory
+from finetune.files import cache_dir, locked, new_directory
 from finetune.machine import release_freed_memory
 from finetune.models.load import base_dtype, load_base, load_config, quantization_config
 from finetune.models.sources import CONVERSION_VERSION, ModelSource, snapshot_folder
 from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
-from finetune.run_dir import cache_dir
 
 
 def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -> ModelSource:

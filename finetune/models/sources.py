@@ -16,10 +16,9 @@ from typing import Any
 
 from finetune.console import say
 from finetune.errors import ModelError, first_line
-from finetune.files import locked, new_directory, sha256_file, write_atomic
+from finetune.files import cache_dir, locked, new_directory, sha256_file, write_atomic
 from finetune.models.progress import library_bars
 from finetune.recipe.schema import ModelSection
-from finetune.run_dir import cache_dir
 
 PACKAGE_SCHEME = "package://"
 # Part of the key of a converted model: raise it when the conversion changes.

@@ -15,6 +15,7 @@ from peft import PeftModel
 from finetune.console import say
 from finetune.data.batches import MicroBatch, empty_batch
 from finetune.errors import FinetuneError
+from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
@@ -22,7 +23,7 @@ from finetune.machine import release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
-from finetune.models.heads import check_head, decoder_layers, decoder_of, head_logits
+from finetune.models.heads import check_head, decoder_layers, decoder_of, head_logits, plain_head_weight
 from finetune.models.load import fit_vocabulary, load_base
 from finetune.models.shared import quantized_source, shared_source
 from finetune.models.sources import ModelSource
@@ -56,7 +57,12 @@ class LossModel(torch.nn.Module):
         supervised = hidden.flatten(0, 1).index_select(0, micro.loss_positions)
         head_params = [p for p in causal_lm.get_output_embeddings().parameters() if p.requires_grad]
         return chunked_cross_entropy(
-            supervised, micro.targets, lambda part: head_logits(causal_lm, part), head_params, self.vocab_size
+            supervised,
+            micro.targets,
+            lambda part: head_logits(causal_lm, part),
+            head_params,
+            self.vocab_size,
+            plain_head_weight(causal_lm),
         )
 
 
@@ -100,26 +106,30 @@ class FinetuneModule(L.LightningModule):
         if hasattr(self, "loss_model"):
             return
         recipe, device, source = self.recipe, self.trainer.strategy.root_device, self.source
+        training = recipe.training
         if self.placement.sharded or device.type == "cpu":
             find = shared_source if self.placement.sharded else quantized_source
             with in_turn():
-                source = find(recipe.model, source, precision=recipe.training.precision)
+                source = find(recipe.model, source, precision=training.precision)
         base = load_base(
             recipe.model,
             source,
-            precision=recipe.training.precision,
+            precision=training.precision,
             attention_name=self.attention,
             device="cpu" if self.placement.sharded else device,
             shardable=self.placement.sharded or source is not self.source,
         )
-        fit_vocabulary(base, self.tokenizer, seed=recipe.training.seed)
+        fit_vocabulary(base, self.tokenizer, seed=training.seed)
         check_head(base, self.source.name)
-        if recipe.training.gradient_checkpointing:
+        if training.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=recipe.training.seed)
-        fused = fuse(model)
+        model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
+        fused = fuse(model, compiled=training.compile)
         if fused.left_to_peft:
             say(f"{fused.left_to_peft} adapter layers run PEFT's own forward: dropout, DoRA and int8 are not fused")
+        on_cpu = torch.device(device).type == "cpu" and training.precision.startswith("bf16")
+        if on_cpu and (reason := native.why_missing()) is not None:
+            say(f"no native kernels, torch's instead: {reason}")
         self.loss_model = LossModel(model)
         if self.placement.sharded:
             layers = list(decoder_layers(model))
@@ -133,7 +143,7 @@ class FinetuneModule(L.LightningModule):
             release_freed_memory()
         else:
             self.loss_model.to(device)
-        if recipe.training.compile:
+        if training.compile:
             for layer in decoder_layers(model):
                 layer.compile()
         release_freed_memory()

@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.kernels import native
+from finetune.kernels.attention import NAME, packed_row, register
+from finetune.kernels.layout import Group, position_ids
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.fused import fuse
 from finetune.recipe.schema import LoraSection
@@ -47,7 +50,32 @@ def test_fused_equals_peft(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
 def test_norms_and_swiglu_are_found(architecture: str) -> None:
     count = fuse(adapted(architecture))
-    assert count.mlps == 2 and count.norms >= 5
+    assert count.mlps == 2 and count.norms >= 5 and count.rotations == 2
+
+
+@pytest.mark.skipif(not native.has_amx(), reason="no native kernels for attention here")
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gpt_neox"])
+def test_native_kernels_are_as_near_to_fp32_as_torch(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(architecture).float()
+    register()
+    model.get_base_model().set_attn_implementation(NAME)
+    row = (Group(9, (11, 20)), Group(0, (24,)))
+
+    def gradients(dtype: torch.dtype) -> torch.Tensor:
+        with packed_row(row), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model.zero_grad()
+            ids = torch.arange(64)[None] * 5 % 320
+            out = model.to(dtype)(input_ids=ids, position_ids=position_ids(row, 64), use_cache=False)
+            torch.logsumexp(out.logits.float(), -1).sum().backward()
+        return torch.cat([parameter.grad.float().flatten() for parameter in trainable_parameters(model)])
+
+    exact = gradients(torch.float32)
+    fuse(model)
+    ours = (gradients(torch.bfloat16) - exact).norm()
+    monkeypatch.setattr(native, "_load", lambda: (None, "switched off"))
+    monkeypatch.setattr(native, "has_amx", lambda: False)
+    assert ours <= 1.5 * (gradients(torch.bfloat16) - exact).norm()
+    assert ours < 0.1 * exact.norm()
 
 
 def test_gemma_keeps_its_own_norm_and_activation() -> None:

@@ -1,0 +1,93 @@
+// RMSNorm, SwiGLU and rotary embedding over rows of bf16, one pass over memory each.
+#include "common.h"
+#include <cmath>
+
+// The unit in which threads share long arrays.
+constexpr index_t BLOCK = 4096;
+
+extern "C" {
+
+// y = bf16(x * rstd) * weight, rstd = 1 / sqrt(mean(x^2) + eps) kept for the backward pass.
+void rms_norm_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, index_t rows, index_t dim, float eps,
+                      int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (index_t row = 0; row < rows; ++row) {
+        const bf16* in = x + row * dim;
+        bf16* out = y + row * dim;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (index_t i = 0; i < dim; ++i) sum += to_float(in[i]) * to_float(in[i]);
+        float scale = 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
+        rstd[row] = scale;
+#pragma omp simd
+        for (index_t i = 0; i < dim; ++i)
+            out[i] = to_bf16(to_float(to_bf16(to_float(in[i]) * scale)) * to_float(weight[i]));
+    }
+}
+
+void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* weight, const float* rstd, bf16* dx, index_t rows,
+                       index_t dim, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (index_t row = 0; row < rows; ++row) {
+        const bf16 *grad = dy + row * dim, *in = x + row * dim;
+        bf16* out = dx + row * dim;
+        float scale = rstd[row], dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (index_t i = 0; i < dim; ++i) dot += to_float(grad[i]) * to_float(weight[i]) * to_float(in[i]);
+        float mean = dot * scale * scale / static_cast<float>(dim);
+#pragma omp simd
+        for (index_t i = 0; i < dim; ++i)
+            out[i] = to_bf16(scale * (to_float(grad[i]) * to_float(weight[i]) - to_float(in[i]) * mean));
+    }
+}
+
+void silu_mul_forward(const bf16* gate, const bf16* up, bf16* y, index_t count, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (index_t start = 0; start < count; start += BLOCK) {
+        index_t stop = start + BLOCK < count ? start + BLOCK : count;
+#pragma omp simd
+        for (index_t i = start; i < stop; ++i) {
+            float g = to_float(gate[i]);
+            y[i] = to_bf16(g * to_float(up[i]) * sigmoid(g));
+        }
+    }
+}
+
+void silu_mul_backward(const bf16* dy, const bf16* gate, const bf16* up, bf16* d_gate, bf16* d_up, index_t count,
+                       int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (index_t start = 0; start < count; start += BLOCK) {
+        index_t stop = start + BLOCK < count ? start + BLOCK : count;
+#pragma omp simd
+        for (index_t i = start; i < stop; ++i) {
+            float g = to_float(gate[i]), d = to_float(dy[i]), s = sigmoid(g);
+            d_gate[i] = to_bf16(d * to_float(up[i]) * s * (1.0f + g * (1.0f - s)));
+            d_up[i] = to_bf16(d * g * s);
+        }
+    }
+}
+
+// y = x * cos + rotate_half(x) * sin for x [rows, heads, dim] with its own strides; y is dense. cos and sin are
+// [rows, dim]. sign -1 gives the transposed rotation: the backward pass.
+void rotate(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, index_t rows, index_t heads, index_t dim,
+            index_t row_stride, index_t head_stride, index_t backward, int threads) {
+    index_t half = dim / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (index_t row = 0; row < rows; ++row) {
+        const bf16 *c = cos + row * dim, *s = sin + row * dim;
+        for (index_t head = 0; head < heads; ++head) {
+            const bf16* in = x + row * row_stride + head * head_stride;
+            bf16* out = y + (row * heads + head) * dim;
+#pragma omp simd
+            for (index_t i = 0; i < half; ++i) {
+                float a = to_float(in[i]), b = to_float(in[i + half]);
+                float first_sin = to_float(s[i]), second_sin = to_float(s[i + half]);
+                float low = backward ? b * second_sin : -b * first_sin;
+                float high = backward ? -a * first_sin : a * second_sin;
+                out[i] = to_bf16(a * to_float(c[i]) + low);
+                out[i + half] = to_bf16(b * to_float(c[i + half]) + high);
+            }
+        }
+    }
+}
+}

@@ -1,0 +1,127 @@
+"""The CPU kernels in `cpp/`: compiled once for this machine by its g++, kept in the cache, called through ctypes.
+
+Written as torch operations, attention by blocks, norms, SwiGLU and rotary embedding take more of a CPU's step than the
+matrix products: each is several passes over memory, and attention's small products run far below the machine's rate.
+Where a kernel cannot be had (no g++, another processor, another dtype) the torch operations compute the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.files import cache_dir
+
+SOURCES = Path(__file__).with_name("cpp")
+# Contraction: a * b + c in one rounding, which is faster and more exact. Without trapping math, g++ 12 computed both
+# sides of exp's clamps for every element: SwiGLU took six times as long, from denormal numbers.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast")
+SWITCH = "FINETUNE_NATIVE_KERNELS"
+
+
+class NativeKernelsMissingError(Exception):
+    """Why there are no native kernels here, in one line."""
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the pointwise kernels compute on these: bf16 on a CPU, dense, and the kernels are here."""
+    return all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.is_contiguous() for t in tensors) and (
+        library() is not None
+    )
+
+
+@lru_cache(maxsize=1)
+def has_amx() -> bool:
+    """Whether the kernels that need AMX can run here: attention and the loss. Asks Linux for the tile registers."""
+    found = library()
+    return found is not None and hasattr(found, "request_amx") and found.request_amx() == 0
+
+
+def call(name: str, *arguments: torch.Tensor | ctypes.Structure | int | float) -> None:
+    """Call a kernel on tensors' memory and plain numbers, with torch's number of threads.
+
+    The caller answers for shapes, strides and dtypes, and keeps the tensors until this returns.
+    """
+    getattr(_load()[0], name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _argument(value: torch.Tensor | ctypes.Structure | int | float) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels; None where they cannot be had, and `why_missing` says why."""
+    return _load()[0]
+
+
+def why_missing() -> str | None:
+    """Why `library` is None; None if it is not."""
+    return _load()[1]
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return ctypes.CDLL(str(_built())), None
+    except (NativeKernelsMissingError, OSError) as error:
+        return None, str(error)
+
+
+def _built() -> Path:
+    """The shared library's path, after compiling it if this machine has not yet."""
+    if os.environ.get(SWITCH) == "0":
+        raise NativeKernelsMissingError(f"{SWITCH} is 0")
+    compiler = shutil.which("g++")
+    if platform.system() != "Linux" or compiler is None:
+        raise NativeKernelsMissingError("they are compiled with g++ on Linux, which is not here")
+    sources = sorted(SOURCES.glob("*.cpp"))
+    name = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        name.update(path.read_bytes())
+    # A cache may be shared by machines that differ.
+    name.update("\n".join((compiler, *FLAGS, _processor(), torch.__version__)).encode())
+    path = cache_dir() / "kernels" / f"{name.hexdigest()[:20]}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            _compile(compiler, sources, Path(folder) / path.name)
+            os.replace(Path(folder) / path.name, path)
+    return path
+
+
+def _compile(compiler: str, sources: list[Path], path: Path) -> None:
+    objects = [path.with_name(f"{source.stem}.o") for source in sources]
+    for source, target in zip(sources, objects, strict=True):
+        _call(compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source, "-o", target)
+    # torch's own OpenMP by its path: a second one would have threads of its own that wait for the same cores.
+    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    _call(compiler, "-shared", *objects, openmp[0] if openmp else "-fopenmp", "-o", path)
+
+
+def _call(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise NativeKernelsMissingError(f"g++ could not compile them: {first}")
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith(("flags", "Features")):
+            return line
+    return platform.machine()

@@ -1,0 +1,190 @@
+"""The native CPU kernels against fp64, and where they cannot be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.kernels import native, native_attention
+from finetune.kernels.cross_entropy import chunked_cross_entropy
+from finetune.kernels.layout import Group, RowLayout, attention_blocks, block_mask
+from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.why_missing()}")
+needs_amx = pytest.mark.skipif(not native.has_amx(), reason="the processor has no AMX")
+
+BF16 = 4e-3  # relative: one rounding to bf16 is at most 2^-8, on average a third of it
+
+LAYOUTS: dict[str, tuple[RowLayout, int]] = {
+    "one sample": ((Group(0, (64,)),), 64),
+    "samples across tiles": ((Group(0, (5, 40, 33, 1)),), 96),
+    "prefixes and padding": ((Group(10, (3, 5)), Group(40, (7, 50))), 160),
+    "a long prefix": ((Group(150, (33, 20, 64, 21)),), 288),
+}
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def heads(number: int, tokens: int, dim: int, seed: int) -> torch.Tensor:
+    """[1, H, T, D] as transformers lays them out: a view of [1, T, H, D]."""
+    values = torch.randn(1, tokens, number, dim, generator=torch.Generator().manual_seed(seed))
+    return values.bfloat16().transpose(1, 2).requires_grad_()
+
+
+@needs_amx
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("num_heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 32), (2, 2, 96)])
+def test_attention(layout: str, num_heads: int, kv_heads: int, dim: int) -> None:
+    row, tokens = LAYOUTS[layout]
+    inputs = [heads(n, tokens, dim, seed) for seed, n in enumerate((num_heads, kv_heads, kv_heads))]
+    assert native_attention.takes(inputs[0], inputs[1])
+    grad = heads(num_heads, tokens, dim, 9).detach()
+    out = native_attention.packed_attention(*inputs, row, None)
+    got = torch.autograd.grad(out, inputs, grad)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    mask = block_mask(attention_blocks(row, tokens), tokens)
+    want = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
+    assert relative(out, want) < BF16
+    for left, right in zip(got, torch.autograd.grad(want, exact, grad.double()), strict=True):
+        assert relative(left, right) < BF16
+
+
+@needs_amx
+def test_attention_keeps_samples_apart_to_the_bit() -> None:
+    row, tokens = (Group(0, (50, 46)),), 96
+    q, k, v = (heads(2, tokens, 32, seed) for seed in range(3))
+    want = native_attention.packed_attention(q, k, v, row, 0.5)[:, :, 50:]
+    with torch.no_grad():
+        for tensor in (q, k, v):
+            tensor[:, :, :50] = 1e4
+    assert torch.equal(native_attention.packed_attention(q, k, v, row, 0.5)[:, :, 50:], want)
+
+
+def results(threads: int) -> list[torch.Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        row, tokens = LAYOUTS["a long prefix"]
+        inputs = [heads(n, tokens, 64, n) for n in (4, 2, 2)]
+        out = native_attention.packed_attention(*inputs, row, None)
+        hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        weight = torch.randn(1000, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+        loss = chunked_cross_entropy(hidden, torch.arange(100), lambda h: h, [], 1000, weight)
+        return [out, *torch.autograd.grad(out.float().square().sum(), inputs), *torch.autograd.grad(loss, hidden), loss]
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_amx
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    for one, three in zip(results(1), results(3), strict=True):
+        assert torch.equal(one, three)
+
+
+@needs_amx
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 7), (32, 256), (75, 1000), (40, 513)])
+def test_cross_entropy(tokens: int, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 96, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(vocab, 96, generator=generator).bfloat16()
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+
+    def unused(part: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the native kernel was not taken")
+
+    loss = chunked_cross_entropy(hidden, targets, unused, [], vocab, weight)
+    (got,) = torch.autograd.grad(loss * 0.5, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    want = F.cross_entropy(exact @ weight.double().t(), targets, reduction="sum")
+    assert abs(loss.item() - want.item()) <= 1e-5 * want.item()
+    assert relative(got, torch.autograd.grad(want * 0.5, exact)[0]) < BF16
+
+
+@needs_amx
+def test_a_broken_hidden_state_gives_a_broken_loss() -> None:
+    hidden = torch.ones(3, 32, dtype=torch.bfloat16)
+    hidden[1, 5] = float("nan")
+    hidden.requires_grad_()
+    loss = chunked_cross_entropy(hidden, torch.arange(3), lambda h: h, [], 300, torch.ones(300, 32).bfloat16())
+    assert torch.isnan(loss)
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_norm(rows: int) -> None:
+    x = torch.randn(1, rows, 50, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    weight = torch.linspace(0.5, 2, 50).bfloat16()
+    y = rms_norm(x, weight, 1e-5)
+    exact = x.detach().double().requires_grad_()
+    want = F.rms_norm(exact, (50,), weight.double(), 1e-5)
+    assert y.dtype == torch.bfloat16 and relative(y, want) < BF16
+    grad = torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16()
+    got, reference = torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(want, exact, grad.double())[0]
+    assert relative(got, reference) < BF16
+
+
+def test_swiglu() -> None:
+    # From where the sigmoid is 0 to where it is 1, and what is not finite.
+    gate = torch.linspace(-120, 120, 5001).bfloat16().requires_grad_()
+    up = torch.linspace(3, -2, 5001).bfloat16().requires_grad_()
+    y = silu_mul(gate, up)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (gate, up)]
+    want = F.silu(exact[0]) * exact[1]
+    grads = zip(torch.autograd.grad(y.float().sum(), (gate, up)), torch.autograd.grad(want.sum(), exact), strict=True)
+    for left, right in [(y, want), *grads]:
+        torch.testing.assert_close(left.double(), right, rtol=1e-2, atol=1e-5)
+    broken = torch.tensor([float("nan"), float("inf")]).bfloat16()
+    assert torch.isnan(silu_mul(broken, torch.ones(2).bfloat16())).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+def test_rotation(dim: int) -> None:
+    x = heads(3, 40, dim, 0)
+    cos, sin = torch.randn(2, 1, 40, dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert takes_rotation(x, cos, sin)
+    exact = x.detach().double().requires_grad_()
+    halves = torch.cat((-exact[..., dim // 2 :], exact[..., : dim // 2]), -1)
+    want = exact * cos.double() + halves * sin.double()
+    y = rotate(x, cos, sin)
+    grad = heads(3, 40, dim, 2).detach()
+    assert relative(y, want) < BF16
+    got, reference = torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(want, exact, grad.double())[0]
+    assert relative(got, reference) < BF16
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({native.SWITCH: "0"}, f"{native.SWITCH} is 0"), ({"PATH": "/nowhere"}, "compiled with g++ on Linux")],
+    ids=["switched off", "no compiler"],
+)
+def test_without_the_kernels_torch_computes_the_same(changes: dict[str, str], reason: str) -> None:
+    script = (
+        "import torch; from finetune.kernels import native; from finetune.kernels.pointwise import silu_mul\n"
+        "x = torch.linspace(-4, 4, 64).bfloat16(); print(native.why_missing()); print(silu_mul(x, x).tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **changes}, capture_output=True, text=True, check=True
+    )
+    said, values = done.stdout.splitlines()
+    assert reason in said
+    x = torch.linspace(-4, 4, 64).bfloat16()
+    got = torch.tensor([float(value) for value in values.strip("[]").split(",")])
+    torch.testing.assert_close(got, silu_mul(x, x).float(), rtol=1e-2, atol=1e-3)
+
+
+def test_an_error_of_the_compiler_is_said(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "broken.cpp").write_text("int main( {")
+    monkeypatch.setattr(native, "SOURCES", folder)
+    monkeypatch.setenv("FINETUNE_CACHE", str(folder / "cache"))
+    with pytest.raises(native.NativeKernelsMissingError, match=r"could not compile them: .*error"):
+        native._built()
+    assert not list((folder / "cache" / "kernels").iterdir())
