@@ -40,11 +40,9 @@ def takes(*tensors: torch.Tensor) -> bool:
     )
 
 
-@lru_cache(maxsize=1)
 def has_amx() -> bool:
-    """Whether the kernels that need AMX can run here: attention and the loss. Asks Linux for the tile registers."""
-    found = library()
-    return found is not None and hasattr(found, "request_amx") and found.request_amx() == 0
+    """Whether the kernels that need AMX can run here: attention and the loss."""
+    return library() is not None and _amx_granted()
 
 
 def call(name: str, *arguments: torch.Tensor | ctypes.Structure | int | float) -> None:
@@ -64,8 +62,11 @@ def _argument(value: torch.Tensor | ctypes.Structure | int | float) -> Any:
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels; None where they cannot be had, and `why_missing` says why."""
-    return _load()[0]
+    """The kernels; None where they cannot be had, and `why_missing` says why.
+
+    None too while torch.compile traces: it fuses the torch operations and could not look into a kernel.
+    """
+    return None if torch.compiler.is_compiling() else _load()[0]
 
 
 def why_missing() -> str | None:
@@ -79,6 +80,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return ctypes.CDLL(str(_built())), None
     except (NativeKernelsMissingError, OSError) as error:
         return None, str(error)
+
+
+@lru_cache(maxsize=1)
+def _amx_granted() -> bool:
+    """Whether Linux gives this process the tile registers, which it must ask for."""
+    found = _load()[0]
+    return found is not None and hasattr(found, "request_amx") and found.request_amx() == 0
 
 
 def _built() -> Path:
