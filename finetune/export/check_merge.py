@@ -196,5 +196,6 @@ def find_fault(check: MergeCheck, bounds: MergeSection) -> str | None:
                 "merge into what it was trained on: --base dequantized"
             )
     if not drift.agreement >= bounds.min_agreement:
-        return f"top-1 agreement is {drift.agreement:.1%}, below merge.min_agreement {bounds.min_agreement:.1%}"
+        todo = "" if check.base_is_trained_on else "; merge into what it was trained on: --base dequantized"
+        return f"top-1 agreement is {drift.agreement:.1%}, below merge.min_agreement {bounds.min_agreement:.1%}{todo}"
     return None

@@ -125,8 +125,10 @@ def vllm_rank(facts: AdapterFacts) -> int:
 
 
 def vllm_command(base: str, revision: str | None, name: str, adapter: Path, facts: AdapterFacts) -> str:
-    """The command that serves base and adapter with vLLM."""
+    """The command that serves base and adapter with vLLM, in the chat template that was trained with."""
     parts = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--enable-lora"]
+    if (adapter / "tokenizer_config.json").is_file():
+        parts += ["--tokenizer", str(adapter.absolute())]  # else the base's own template is filled
     parts += ["--lora-modules", f"{name}={adapter.absolute()}", "--max-lora-rank", str(vllm_rank(facts))]
     return shlex.join(parts)
 

@@ -113,7 +113,13 @@ TARGETS: dict[str, Target] = {
         _MODEL_TYPES,
         export_ollama,
     ),
-    "vllm": Target("adapter", "vLLM", "rules read from its source, on good and bad adapters", (), export_vllm),
+    "vllm": Target(
+        "adapter",
+        "vLLM",
+        "rules read from its source, on good and bad adapters; vLLM 0.32 answered as trained, on a CPU",
+        (),
+        export_vllm,
+    ),
     "tgi": Target(
         "adapter", "Text Generation Inference", "rules read from its source, on good and bad adapters", (), export_tgi
     ),

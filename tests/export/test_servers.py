@@ -164,6 +164,8 @@ def test_the_commands(tmp_path: Path) -> None:
     assert vllm_command("org/base", None, "mine", tmp_path, facts) == (
         f"vllm serve org/base --enable-lora --lora-modules mine={tmp_path} --max-lora-rank 16"
     )
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert f" --tokenizer {tmp_path} " in vllm_command("org/base", None, "mine", tmp_path, facts)
     assert tgi_command("org/base", "abc", "mine", tmp_path, facts) == (
         f"text-generation-launcher --model-id org/base --revision abc --lora-adapters mine={tmp_path}"
     )
