@@ -224,6 +224,7 @@ def _vllm(contents: Contents, repo_id: str, name: str) -> str:
     rank = max(adapter.rank, *adapter.rank_pattern.values(), 8)
     allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
     served = contents.base.name if contents.base.on_hub else "PATH_OF_THE_BASE"
+    served += f" --revision {contents.base.revision}" if contents.base.on_hub and contents.base.revision else ""
     flags = f"--tokenizer {repo_id} --enable-lora --max-lora-rank {allowed} --lora-modules {name}={repo_id}"
     return _code("sh", f"vllm serve {served} {flags}")
 

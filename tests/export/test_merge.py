@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.falcon import modeling_falcon
 
 from finetune.errors import BadInputError, FinetuneError, ModelError
 from finetune.export import merge_files
@@ -235,6 +236,18 @@ def test_every_quantized_layer_is_dequantized_and_not_the_adapted_alone(tmp_path
     assert sum(weight.is_touched for weight in plan.weights) == 2
     assert sum(weight.quantized for weight in plan.weights) == 14
     case.check()
+
+
+def test_falcons_layers_are_known_as_quantized_before_a_base_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = build(tmp_path, "falcon", quantization="nf4").merge
+
+    class FalconLinear(torch.nn.Linear):
+        """As transformers has it, in a process that has loaded nothing."""
+
+    monkeypatch.setattr(modeling_falcon, "FalconLinear", FalconLinear)
+    assert sum(weight.quantized for weight in merge.plan.weights) == 8
 
 
 def test_dequantized_needs_a_quantized_run(tmp_path: Path) -> None:

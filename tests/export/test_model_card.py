@@ -91,7 +91,7 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         f"sha256 over config and weights: `{SHA256}`",
         "![Loss over the optimizer steps](loss.svg)",
         'AutoPeftModelForCausalLM.from_pretrained("acme/tickets")',
-        "vllm serve acme/base --tokenizer acme/tickets --enable-lora --max-lora-rank 8 "
+        f"vllm serve acme/base --revision {'0' * 40} --tokenizer acme/tickets --enable-lora --max-lora-rank 8 "
         "--lora-modules tickets=acme/tickets",
         "finetune export hf://acme/tickets --to gguf-lora",
         "finetune generate hf://acme/tickets --prompt",
