@@ -26,8 +26,8 @@ CACHED_BYTES = 2**20
 # Tokens of a chunk are padded to a multiple of this.
 CHUNK_STEP = 32
 
-# Units of `cpp/cross_entropy.cpp`: tokens and hidden size, and its vocabulary block.
-NATIVE_TILE, NATIVE_BLOCK = 32, 256
+# The unit in which `cpp/cross_entropy.cpp` cuts the vocabulary.
+NATIVE_BLOCK = 256
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,14 +65,14 @@ def chunked_cross_entropy(
 
 
 def _native_takes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> bool:
-    return hidden_ND.shape[1] % NATIVE_TILE == 0 and native.takes(hidden_ND, weight_VD) and native.has_amx()
+    return hidden_ND.shape[1] % native.TILE == 0 and native.takes(hidden_ND, weight_VD) and native.has_amx()
 
 
 class _NativeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, targets_N, weight_VD):  # type: ignore[no-untyped-def]
         (count, dim), vocab_size = hidden_ND.shape, weight_VD.shape[0]
-        hidden = F.pad(hidden_ND, (0, 0, 0, -count % NATIVE_TILE))
+        hidden = F.pad(hidden_ND, (0, 0, 0, -count % native.TILE))
         grad = torch.zeros(hidden.shape, dtype=torch.float32)
         losses = torch.empty(count)
         block_sums = torch.empty(2, -(-vocab_size // NATIVE_BLOCK), len(hidden))

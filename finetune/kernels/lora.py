@@ -3,19 +3,22 @@
 PEFT's layer takes several graph nodes, casts x to fp32 and back, and makes the update a tensor of its own. Here q, k
 and v (or gate and up) are one node in the compute dtype: their A products are one, x is kept once, and its gradient is
 summed in place. A frozen 4-bit weight is expanded when it is needed and dropped again. The adapter's parameters stay
-PEFT's own.
+PEFT's own. On a CPU with AMX all that is not the frozen products is one native kernel a pass, `cpp/lora.cpp`.
 
 Shapes: T tokens, D inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from finetune.kernels import native
 
 # Gives the frozen weight [O, D] in the compute dtype. Called in forward and again in backward: under FSDP the weight is
 # whole only then, and a 4-bit weight is expanded each time.
@@ -38,7 +41,9 @@ def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.T
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     matrices = [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
-    out: tuple[torch.Tensor, ...] = _LoraLinears.apply(x.to(dtype), layers, *matrices)
+    x = x.to(dtype)
+    node = _NativeLoraLinears if _native_takes(x, matrices) else _LoraLinears
+    out: tuple[torch.Tensor, ...] = node.apply(x, layers, *matrices)
     return out
 
 
@@ -90,3 +95,69 @@ def _stack_a(layers: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
     if len(layers) == 1:
         return layers[0].a_RD.to(dtype)
     return torch.cat([layer.a_RD.to(dtype) for layer in layers])
+
+
+class _NativeLayer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "y", "da", "db")),
+        *((name, ctypes.c_int64) for name in ("rank", "outputs")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
+    """Whether the native kernel computes these: bf16 on fp32 adapters, tokens and widths multiples of 32."""
+    widths = [x.numel() // x.shape[-1], x.shape[-1], *(b.shape[0] for b in matrices[1::2])]
+    return (
+        native.takes(x)
+        and all(m.dtype == torch.float32 and m.is_contiguous() and m.device == x.device for m in matrices)
+        and all(width % native.TILE == 0 for width in widths)
+        and native.has_amx()
+    )
+
+
+class _NativeLoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, layers: Sequence[Projection], *matrices):  # type: ignore[no-untyped-def]
+        with torch.autocast("cpu", enabled=False):
+            outputs = tuple(
+                F.linear(x, layer.weight(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+                for layer in layers
+            )
+        tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
+        xa_TR = x.new_empty(tokens, -(-sum(_ranks(layers)) // native.TILE) * native.TILE)
+        native.call("lora_forward", _native_layers(layers, outputs), x, xa_TR, len(layers), tokens, dim)
+        ctx.save_for_backward(x, xa_TR)
+        ctx.layers = layers
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
+        x, xa_TR = ctx.saved_tensors
+        layers: Sequence[Projection] = ctx.layers
+        dys = [grad.to(x.dtype).contiguous() for grad in grads]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            with torch.autocast("cpu", enabled=False):
+                for layer, dy in zip(layers, dys, strict=True):
+                    dy_TO, weight = dy.view(-1, dy.shape[-1]), layer.weight(x.dtype)
+                    dx = dy_TO @ weight if dx is None else dx.addmm_(dy_TO, weight)
+            dx = dx.view_as(x)  # type: ignore[union-attr]
+        # In the order of the arguments: a and b of each layer.
+        d_matrices = [torch.empty_like(matrix) for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
+        group = _native_layers(layers, dys, d_matrices)
+        tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
+        native.call("lora_backward", group, x, xa_TR, dx, len(layers), tokens, dim)
+        return dx, None, *d_matrices
+
+
+def _native_layers(
+    layers: Sequence[Projection], ys: Sequence[torch.Tensor], d_matrices: Sequence[torch.Tensor] | None = None
+) -> ctypes.Array[_NativeLayer]:
+    array = (_NativeLayer * len(layers))()
+    for index, (layer, y) in enumerate(zip(layers, ys, strict=True)):
+        da, db = (None, None) if d_matrices is None else (m.data_ptr() for m in d_matrices[2 * index : 2 * index + 2])
+        rank, outputs = layer.a_RD.shape[0], layer.b_OR.shape[0]
+        a, b = layer.a_RD.data_ptr(), layer.b_OR.data_ptr()
+        array[index] = _NativeLayer(a, b, y.data_ptr(), da, db, rank, outputs, layer.scale)
+    return array

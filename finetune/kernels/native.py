@@ -28,6 +28,11 @@ SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast")
 SWITCH = "FINETUNE_NATIVE_KERNELS"
 
+# Rows and columns of a tile of the AMX kernels; their sizes must be multiples of it.
+TILE = 32
+
+Argument = torch.Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | None
+
 
 class NativeKernelsMissingError(Exception):
     """Why there are no native kernels here, in one line."""
@@ -45,7 +50,7 @@ def has_amx() -> bool:
     return library() is not None and _amx_granted()
 
 
-def call(name: str, *arguments: torch.Tensor | ctypes.Structure | int | float) -> None:
+def call(name: str, *arguments: Argument) -> None:
     """Call a kernel on tensors' memory and plain numbers, with torch's number of threads.
 
     The caller answers for shapes, strides and dtypes, and keeps the tensors until this returns.
@@ -53,10 +58,12 @@ def call(name: str, *arguments: torch.Tensor | ctypes.Structure | int | float) -
     getattr(_load()[0], name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
-def _argument(value: torch.Tensor | ctypes.Structure | int | float) -> Any:
+def _argument(value: Argument) -> Any:
+    if value is None:
+        return ctypes.c_void_p(None)
     if isinstance(value, torch.Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, ctypes.Structure):
+    if isinstance(value, (ctypes.Structure, ctypes.Array)):
         return ctypes.byref(value)
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 

@@ -14,9 +14,6 @@ import torch
 from finetune.kernels import native
 from finetune.kernels.layout import RowLayout
 
-# Tokens of a tile, and the unit of a head's size.
-TILE = 32
-
 
 class Visibility(NamedTuple):
     """Which keys each query sees: own_start <= key <= query, or prefix_start <= key < prefix_end."""
@@ -46,8 +43,8 @@ def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and batch == 1
-        and tokens % TILE == 0
-        and dim % TILE == 0
+        and tokens % native.TILE == 0
+        and dim % native.TILE == 0
         and heads % key.shape[1] == 0
         and native.has_amx()
     )
@@ -77,16 +74,16 @@ def visibility(layout: RowLayout, num_tokens: int) -> Visibility:
         prefix_end[first + group.prefix_len : own_start] = first + group.prefix_len
         start = own_start
     own[start:] = start
-    edge = torch.arange(0, num_tokens, TILE)
+    edge = torch.arange(0, num_tokens, native.TILE)
     pairs = _overlap(own, torch.arange(1, num_tokens + 1), edge) + _overlap(prefix_start, prefix_end, edge)
-    pairs = pairs.view(-1, TILE, len(edge)).sum(1)
-    visits = torch.where(pairs == TILE * TILE, 1, torch.where(pairs > 0, 2, 0)).to(torch.uint8)
+    pairs = pairs.view(-1, native.TILE, len(edge)).sum(1)
+    visits = torch.where(pairs == native.TILE * native.TILE, 1, torch.where(pairs > 0, 2, 0)).to(torch.uint8)
     return Visibility(own, prefix_start, prefix_end, visits.contiguous())
 
 
 def _overlap(start: torch.Tensor, end: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
     """Tokens of [start, end) in each tile [T, T/32]."""
-    return (torch.minimum(end[:, None], edge + TILE) - torch.maximum(start[:, None], edge)).clamp_(min=0)
+    return (torch.minimum(end[:, None], edge + native.TILE) - torch.maximum(start[:, None], edge)).clamp_(min=0)
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from finetune.kernels import native, native_attention
 from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.layout import Group, RowLayout, attention_blocks, block_mask
+from finetune.kernels.lora import Projection, _native_takes, lora_linears
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.why_missing()}")
@@ -67,6 +68,47 @@ def test_attention_keeps_samples_apart_to_the_bit() -> None:
     assert torch.equal(native_attention.packed_attention(q, k, v, row, 0.5)[:, :, 50:], want)
 
 
+def lora_group(ranks: tuple[int, ...]) -> tuple[torch.Tensor, list[Projection], list[torch.Tensor]]:
+    """x [2, 48, 64] and layers with 32, 96, ... outputs, the second with a bias."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    layers, weights = [], []
+    for index, rank in enumerate(ranks):
+        outputs = 32 + 64 * index
+        weights.append(draw(outputs, 64).bfloat16())
+        bias = draw(outputs).bfloat16() if index == 1 else None
+        a, b = draw(rank, 64).requires_grad_(), draw(outputs, rank).requires_grad_()
+        layers.append(Projection(lambda dtype, weight=weights[-1]: weight, bias, a, b, 0.3 * (index + 1)))
+    return draw(2, 48, 64).bfloat16(), layers, weights
+
+
+@needs_amx
+@pytest.mark.parametrize("ranks", [(8,), (4, 12), (8, 8, 8), (30, 7, 40)], ids=str)
+@pytest.mark.parametrize("first_layer", [False, True])
+def test_lora(ranks: tuple[int, ...], first_layer: bool) -> None:
+    x, layers, weights = lora_group(ranks)
+    x.requires_grad_(not first_layer)
+    matrices = [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
+    assert _native_takes(x, matrices)
+    wanted = matrices if first_layer else [x, *matrices]
+    exact = [tensor.detach().double().requires_grad_() for tensor in wanted]
+    x_64, pairs = (x.double(), exact) if first_layer else (exact[0], exact[1:])
+    want = [
+        x_64 @ weight.double().t() + layer.scale * x_64 @ a.t() @ b.t() + (0 if layer.bias is None else layer.bias)
+        for weight, layer, a, b in zip(weights, layers, pairs[::2], pairs[1::2], strict=True)
+    ]
+    got = lora_linears(x, layers)
+    grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).bfloat16() for i, y in enumerate(got)]
+    for left, right in zip(got, want, strict=True):
+        assert relative(left, right) < BF16
+    references = torch.autograd.grad(want, exact, [grad.double() for grad in grads])
+    for left, right in zip(torch.autograd.grad(got, wanted, grads), references, strict=True):
+        assert relative(left, right) < BF16
+
+
 def results(threads: int) -> list[torch.Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -77,7 +119,15 @@ def results(threads: int) -> list[torch.Tensor]:
         hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
         weight = torch.randn(1000, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
         loss = chunked_cross_entropy(hidden, torch.arange(100), lambda h: h, [], 1000, weight)
-        return [out, *torch.autograd.grad(out.float().square().sum(), inputs), *torch.autograd.grad(loss, hidden), loss]
+        x, layers, _ = lora_group((8, 8))
+        y = lora_linears(x, layers)
+        matrices = [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
+        outputs = [(out, inputs), (loss, [hidden]), (torch.cat(y, -1), matrices)]
+        return [
+            tensor
+            for value, leaves in outputs
+            for tensor in (value, *torch.autograd.grad(value.float().square().sum(), leaves))
+        ]
     finally:
         torch.set_num_threads(before)
 

@@ -18,59 +18,86 @@ static inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
-// c [32, 32] (fp32) = or += a [32, 32 * depth] times `depth` packed panels. Strides are in elements.
-template <class Panel>
+// c [32, 32] (fp32) = or += a [32, 32 * depth] times `depth` packed panels. Strides are in elements. `TOP` computes
+// only the first 16 rows, `LEFT` only the first 16 columns.
+template <bool TOP = false, bool LEFT = false, class Panel>
 static inline void multiply(const bf16* a, index_t a_stride, index_t depth, Panel panel, float* c, index_t c_stride,
                             bool accumulate) {
     index_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
+    float* below = c + 16 * c_stride;
     if (accumulate) {
         _tile_loadd(0, c, c_bytes);
-        _tile_loadd(1, c + 16, c_bytes);
-        _tile_loadd(2, c + 16 * c_stride, c_bytes);
-        _tile_loadd(3, c + 16 * c_stride + 16, c_bytes);
+        if (!LEFT) _tile_loadd(1, c + 16, c_bytes);
+        if (!TOP) _tile_loadd(2, below, c_bytes);
+        if (!TOP && !LEFT) _tile_loadd(3, below + 16, c_bytes);
     } else {
         _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        if (!LEFT) _tile_zero(1);
+        if (!TOP) _tile_zero(2);
+        if (!TOP && !LEFT) _tile_zero(3);
     }
     for (index_t k = 0; k < depth; ++k) {
         const bf16* b = panel(k);
         _tile_loadd(4, a + k * TILE, a_bytes);
         _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + PANEL / 2, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + 16 * a_stride + k * TILE, a_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (!LEFT) {
+            _tile_loadd(7, b + PANEL / 2, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (!TOP) {
+            _tile_loadd(5, a + 16 * a_stride + k * TILE, a_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            if (!LEFT) _tile_dpbf16ps(3, 5, 7);
+        }
     }
     _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + 16, c_bytes);
-    _tile_stored(2, c + 16 * c_stride, c_bytes);
-    _tile_stored(3, c + 16 * c_stride + 16, c_bytes);
+    if (!LEFT) _tile_stored(1, c + 16, c_bytes);
+    if (!TOP) _tile_stored(2, below, c_bytes);
+    if (!TOP && !LEFT) _tile_stored(3, below + 16, c_bytes);
 }
 
 // Panel of xT for 32 rows of x and 32 of its columns: [2 x 16 rows of x][16 pairs of columns][16 rows][2].
 static inline void pack_transposed(const bf16* x, index_t stride, bf16* panel) {
-    for (index_t row = 0; row < TILE; ++row) {
-        const bf16* in = x + row * stride;
-        bf16* out = panel + (row / 16) * (PANEL / 2) + (row % 16) * 2;
-        for (index_t pair = 0; pair < 16; ++pair) std::memcpy(out + pair * 32, in + 2 * pair, 4);
+    for (index_t half = 0; half < 2; ++half, x += 16 * stride, panel += PANEL / 2) {
+        // A pair of columns is one 32-bit word: the transpose of 16 x 16 words, by words, pairs and quarters.
+        __m512i rows[16], next[16];
+        for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(x + i * stride);
+        for (int i = 0; i < 16; i += 2) {
+            next[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+            next[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4)
+            for (int j = 0; j < 2; ++j) {
+                rows[i + 2 * j] = _mm512_unpacklo_epi64(next[i + j], next[i + j + 2]);
+                rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(next[i + j], next[i + j + 2]);
+            }
+        for (int i = 0; i < 16; i += 8)
+            for (int j = 0; j < 4; ++j) {
+                next[i + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0x88);
+                next[i + j + 4] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0xdd);
+            }
+        for (int j = 0; j < 8; ++j) {
+            _mm512_storeu_si512(panel + 32 * j, _mm512_shuffle_i32x4(next[j], next[j + 8], 0x88));
+            _mm512_storeu_si512(panel + 32 * (j + 8), _mm512_shuffle_i32x4(next[j], next[j + 8], 0xdd));
+        }
     }
 }
 
 // Panel of x itself for 32 rows (the depth) and 32 columns: [2 x 16 columns][16 pairs of rows][16 columns][2].
 static inline void pack_straight(const bf16* x, index_t stride, bf16* panel) {
+    alignas(64) std::uint16_t low[32], high[32];
+    for (std::uint16_t i = 0; i < 16; ++i) {
+        low[2 * i] = i;
+        low[2 * i + 1] = i + 32;
+        high[2 * i] = i + 16;
+        high[2 * i + 1] = i + 48;
+    }
+    __m512i left = _mm512_load_si512(low), right = _mm512_load_si512(high);
     for (index_t pair = 0; pair < 16; ++pair) {
-        const bf16 *even = x + 2 * pair * stride, *odd = even + stride;
-        for (index_t half = 0; half < 2; ++half) {
-            bf16* out = panel + half * (PANEL / 2) + pair * 32;
-            for (index_t column = 0; column < 16; ++column) {
-                out[2 * column] = even[half * 16 + column];
-                out[2 * column + 1] = odd[half * 16 + column];
-            }
-        }
+        __m512i even = _mm512_loadu_si512(x + 2 * pair * stride), odd = _mm512_loadu_si512(x + (2 * pair + 1) * stride);
+        _mm512_storeu_si512(panel + pair * 32, _mm512_permutex2var_epi16(even, left, odd));
+        _mm512_storeu_si512(panel + PANEL / 2 + pair * 32, _mm512_permutex2var_epi16(even, right, odd));
     }
 }
 
