@@ -110,7 +110,7 @@ def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
     widths = [x.numel() // x.shape[-1], x.shape[-1], *(b.shape[0] for b in matrices[1::2])]
     return (
         native.takes(x)
-        and all(m.dtype == torch.float32 and m.is_contiguous() and m.device == x.device for m in matrices)
+        and all(type(m) in native.PLAIN and m.dtype == torch.float32 and m.is_contiguous() for m in matrices)
         and all(width % native.TILE == 0 for width in widths)
         and native.has_amx()
     )

@@ -31,6 +31,9 @@ SWITCH = "FINETUNE_NATIVE_KERNELS"
 # Rows and columns of a tile of the AMX kernels; their sizes must be multiples of it.
 TILE = 32
 
+# What holds its values itself, unlike a tracer's tensor or a shard's.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 Argument = torch.Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | None
 
 
@@ -39,10 +42,13 @@ class NativeKernelsMissingError(Exception):
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the pointwise kernels compute on these: bf16 on a CPU, dense, and the kernels are here."""
-    return all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.is_contiguous() for t in tensors) and (
-        library() is not None
-    )
+    """Whether the pointwise kernels compute on these: plain bf16 in a CPU's memory, dense, and the kernels are here."""
+    return all(in_memory(t) and t.is_contiguous() for t in tensors) and library() is not None
+
+
+def in_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is bf16 values in this process's memory, not a tracer's, a shard's or a wrapper's."""
+    return type(tensor) in PLAIN and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
 
 
 def has_amx() -> bool:

@@ -40,8 +40,7 @@ def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether the kernel computes these: one row in bf16 on a CPU with AMX, tokens and head size multiples of 32."""
     batch, heads, tokens, dim = query.shape
     return (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        native.in_memory(query)
         and batch == 1
         and tokens % native.TILE == 0
         and dim % native.TILE == 0

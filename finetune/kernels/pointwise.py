@@ -96,7 +96,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def takes_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """Whether `rotate` has a native kernel for these: elsewhere the model's own function is as good."""
     fits = x.ndim == 4 and x.shape[0] == 1 and cos.shape == (1, x.shape[2], x.shape[3]) and x.stride(-1) == 1
-    return fits and x.dtype == torch.bfloat16 and native.takes(cos, sin)
+    return fits and native.in_memory(x) and native.takes(cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

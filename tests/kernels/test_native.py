@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from finetune.kernels import native, native_attention
 from finetune.kernels.cross_entropy import chunked_cross_entropy
@@ -206,6 +207,13 @@ def test_rotation(dim: int) -> None:
     assert relative(y, want) < BF16
     got, reference = torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(want, exact, grad.double())[0]
     assert relative(got, reference) < BF16
+
+
+def test_a_tensor_without_memory_stays_with_torch() -> None:
+    with FakeTensorMode():
+        x = torch.empty(1, 32, 64, dtype=torch.bfloat16)
+        assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
+        assert not native_attention.takes(x[None], x[None]) and not _native_takes(x, [])
 
 
 @pytest.mark.parametrize(
