@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
     widths = [x.numel() // x.shape[-1], x.shape[-1], *(b.shape[0] for b in matrices[1::2])]
     return (
         native.takes(x)
-        and all(type(m) in native.PLAIN and m.dtype == torch.float32 and m.is_contiguous() for m in matrices)
+        and all(native.is_plain(m) and m.dtype == torch.float32 and m.is_contiguous() for m in matrices)
         and all(width % native.TILE == 0 for width in widths)
         and native.has_amx()
     )
@@ -126,7 +127,7 @@ class _NativeLoraLinears(torch.autograd.Function):
             )
         tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         xa_TR = x.new_empty(tokens, -(-sum(_ranks(layers)) // native.TILE) * native.TILE)
-        native.call("lora_forward", _native_layers(layers, outputs), x, xa_TR, len(layers), tokens, dim)
+        native.call("lora_forward", partial(_native_layers, layers, outputs), x, xa_TR, len(layers), tokens, dim)
         ctx.save_for_backward(x, xa_TR)
         ctx.layers = layers
         return outputs
@@ -145,7 +146,7 @@ class _NativeLoraLinears(torch.autograd.Function):
             dx = dx.view_as(x)  # type: ignore[union-attr]
         # In the order of the arguments: a and b of each layer.
         d_matrices = [torch.empty_like(matrix) for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
-        group = _native_layers(layers, dys, d_matrices)
+        group = partial(_native_layers, layers, dys, d_matrices)
         tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         native.call("lora_backward", group, x, xa_TR, dx, len(layers), tokens, dim)
         return dx, None, *d_matrices

@@ -14,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,11 @@ TILE = 32
 # What holds its values itself, unlike a tracer's tensor or a shard's.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
-Argument = torch.Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | None
+# A structure is made by a function, and only if the kernel is called.
+Structure = Callable[[], ctypes.Structure | ctypes.Array[Any]]
+Argument = torch.Tensor | Structure | int | float | None
+
+_tracing = False
 
 
 class NativeKernelsMissingError(Exception):
@@ -47,8 +53,24 @@ def takes(*tensors: torch.Tensor) -> bool:
 
 
 def in_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is bf16 values in this process's memory, not a tracer's, a shard's or a wrapper's."""
-    return type(tensor) in PLAIN and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+    """Whether a tensor is bf16 values in this process's memory, not a shard's or a wrapper's."""
+    return is_plain(tensor) and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds its values itself; a tracer's stand-in counts within `traced`."""
+    return _tracing or type(tensor) in PLAIN
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Within this, tensors without memory take the kernels' paths, for what those allocate; nothing is computed."""
+    global _tracing
+    outer, _tracing = _tracing, True
+    try:
+        yield
+    finally:
+        _tracing = outer
 
 
 def has_amx() -> bool:
@@ -61,6 +83,8 @@ def call(name: str, *arguments: Argument) -> None:
 
     The caller answers for shapes, strides and dtypes, and keeps the tensors until this returns.
     """
+    if _tracing:
+        return
     getattr(_load()[0], name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
@@ -69,8 +93,8 @@ def _argument(value: Argument) -> Any:
         return ctypes.c_void_p(None)
     if isinstance(value, torch.Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, (ctypes.Structure, ctypes.Array)):
-        return ctypes.byref(value)
+    if callable(value):
+        return ctypes.byref(value())
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 

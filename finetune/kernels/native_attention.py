@@ -6,7 +6,7 @@ Shapes: T tokens of the row, H query heads, G key heads, D head size.
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attention [1, H, T, D] of query [1, H, T, D] and key, value [1, G, T, D] within the row's samples."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out: torch.Tensor = _PackedAttention.apply(query, key, value, visibility(layout, query.shape[2]), scale)
+    out: torch.Tensor = _PackedAttention.apply(query, key, value, layout, scale)
     return out
 
 
@@ -87,16 +87,16 @@ def _overlap(start: torch.Tensor, end: torch.Tensor, edge: torch.Tensor) -> torc
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query, key, value, seen: Visibility, scale: float):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, query, key, value, layout: RowLayout, scale: float):  # type: ignore[no-untyped-def]
         _, heads, tokens, dim = query.shape
         query, key, value = (_dense_heads(tensor) for tensor in (query, key, value))
         out = query.new_empty(1, tokens, heads, dim).transpose(1, 2)
         lse = torch.empty(heads, tokens)
         packed = query.new_empty(2 * key.numel())
-        heads_of = map(_heads, (query, key, value))
-        native.call("attention_forward", _row(query, key, seen, scale), *heads_of, out, lse, packed)
+        row = partial(_row, query, key, layout, scale)
+        native.call("attention_forward", row, *map(_heads, (query, key, value)), out, lse, packed)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.seen, ctx.scale = seen, scale
+        ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
@@ -109,18 +109,20 @@ class _PackedAttention(torch.autograd.Function):
         ]
         packed, delta = query.new_empty(3 * key.numel() + 4 * query.numel()), torch.empty_like(lse)
         heads_of = map(_heads, (query, key, value, out, grad_out))
-        row = _row(query, key, ctx.seen, ctx.scale)
+        row = partial(_row, query, key, ctx.layout, ctx.scale)
         native.call("attention_backward", row, *heads_of, lse, *grads, packed, delta)
         return (*grads, None, None)
 
 
-def _row(query: torch.Tensor, key: torch.Tensor, seen: Visibility, scale: float) -> _Row:
+def _row(query: torch.Tensor, key: torch.Tensor, layout: RowLayout, scale: float) -> _Row:
     _, heads, tokens, dim = query.shape
+    # The cache keeps the tensors while the kernel reads them.
+    seen = visibility(layout, tokens)
     return _Row(tokens, heads, key.shape[1], dim, *(tensor.data_ptr() for tensor in seen), scale)
 
 
-def _heads(tensor: torch.Tensor) -> _Heads:
-    return _Heads(tensor.data_ptr(), tensor.stride(2), tensor.stride(1))
+def _heads(tensor: torch.Tensor) -> native.Structure:
+    return lambda: _Heads(tensor.data_ptr(), tensor.stride(2), tensor.stride(1))
 
 
 def _dense_heads(tensor: torch.Tensor) -> torch.Tensor:

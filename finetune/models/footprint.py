@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.errors import FinetuneError, ModelError, first_line
+from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.layout import RowLayout, dense_mask
 from finetune.models.fused import fuse
-from finetune.models.heads import decoder_of, head_logits
+from finetune.models.heads import decoder_of, head_logits, plain_head_weight
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
 from finetune.recipe.schema import LoraSection, ModelSection
 
@@ -112,6 +113,7 @@ def measure_pass(
     checkpointing: bool,
     attention_name: str,
     step: ForwardPass,
+    on_cpu: bool,
 ) -> Footprint:
     """The footprint of the whole model: that of two short ones, continued to all its layers.
 
@@ -123,7 +125,7 @@ def measure_pass(
     short, long = min(2, num_layers), min(4, num_layers)
     try:
         one, two = (
-            _measure_short(config, model, adapter, precision, checkpointing, attention_name, step, layers)
+            _measure_short(config, model, adapter, precision, checkpointing, attention_name, step, layers, on_cpu)
             for layers in (short, long)
         )
     except FinetuneError:
@@ -148,6 +150,7 @@ def _measure_short(
     attention_name: str,
     step: ForwardPass,
     num_layers: int,
+    on_cpu: bool,
 ) -> Footprint:
     base = build_skeleton(config, model, precision=precision, attention_name=attention_name, num_layers=num_layers)
     if checkpointing:
@@ -158,7 +161,9 @@ def _measure_short(
     autocast: AbstractContextManager[Any] = nullcontext()
     if precision in AUTOCAST:
         autocast = torch.autocast("cpu", dtype=AUTOCAST[precision])
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection():
+    # After `fuse`, which computes to tell norms apart.
+    kernels = native.traced() if on_cpu else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection(), kernels:
         adapted.to_empty(device="cpu")
         if model.quantization != "none":
             _expand_when_used(base, compute=AUTOCAST.get(precision, base.dtype))
@@ -186,7 +191,12 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any]) ->
         kept, forward_peak = live.live, live.take_peak()
         supervised = hidden.flatten(0, 1).index_select(0, positions)
         loss = chunked_cross_entropy(
-            supervised, positions, lambda part: head_logits(base, part), head_params, vocab_size
+            supervised,
+            positions,
+            lambda part: head_logits(base, part),
+            head_params,
+            vocab_size,
+            plain_head_weight(base),
         )
         loss_peak = live.take_peak()
         del hidden, supervised

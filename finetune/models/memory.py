@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from finetune.kernels import native
 from finetune.kernels.cross_entropy import chunk_tokens
 from finetune.kernels.layout import Group
 from finetune.models.attention import choose_attention, why_not_packed
@@ -15,12 +16,13 @@ from finetune.models.weights import WeightBytes, count_weights, optimizer_bytes
 from finetune.recipe.schema import Recipe
 
 # A process that has imported what training imports, and has run one step on nothing; torch 2.13 on Linux.
-LIBRARIES_BYTES = 700e6
+LIBRARIES_BYTES = 660e6
 # What the driver and torch's libraries take of a GPU before the first tensor. Not counted by torch's own peak.
 CUDA_CONTEXT_BYTES = 500e6
 # What the allocator holds beyond the tensors that are alive, as a share of what a step allocates; on a CPU, of tensors
 # that glibc does not map by themselves. See docs/memory.md. On CUDA the caching allocator rounds and fragments less.
-ALLOCATOR_SHARE = {"cpu": 0.2, "cuda": 0.05}
+# The native kernels make few temporaries.
+ALLOCATOR_SHARE = {"cpu": 0.2, "cpu, native kernels": 0.06, "cuda": 0.05}
 # Under FSDP: the layer that computes, and the next one, which is gathered meanwhile.
 GATHERED_LAYERS = 2
 
@@ -66,7 +68,7 @@ class Planner:
         attention = choose_attention(self.config, recipe.model, recipe.data)
         step = step or largest_pass(self.config, recipe, attention)
         weights = self.weights(recipe)
-        footprint = self._footprint(recipe, attention, step)
+        footprint = self._footprint(recipe, attention, step, on_cpu=spread.accelerator == "cpu")
         parts = parts_of(weights, footprint, recipe, spread)
         if spread.accelerator == "cpu" and recipe.model.quantization != "none":
             # The unquantized file stays mapped until the last layer is quantized; adapter and step come after it.
@@ -101,9 +103,10 @@ class Planner:
         found: tuple[WeightBytes, dict[str, int]] = self._known[key]
         return found
 
-    def _footprint(self, recipe: Recipe, attention: str, step: ForwardPass) -> Footprint:
+    def _footprint(self, recipe: Recipe, attention: str, step: ForwardPass, on_cpu: bool) -> Footprint:
         training = recipe.training
-        key = f"{recipe.model!r} {recipe.adapter!r} {training.precision} {training.gradient_checkpointing} {step}"
+        chosen = (recipe.model, recipe.adapter, training.precision, training.gradient_checkpointing, step, on_cpu)
+        key = repr(chosen)
         if key not in self._known:
             self._known[key] = measure_pass(
                 self.config,
@@ -113,6 +116,7 @@ class Planner:
                 checkpointing=training.gradient_checkpointing,
                 attention_name=attention,
                 step=step,
+                on_cpu=on_cpu,
             )
         found: Footprint = self._known[key]
         return found
@@ -125,6 +129,9 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
     sharded = spread.strategy == "fsdp"
     offloaded = sharded and spread.cpu_offload and not on_cpu
     shards = spread.world_size if sharded else 1
+    allocator = spread.accelerator
+    if on_cpu and recipe.training.precision.startswith("bf16") and native.has_amx():
+        allocator = "cpu, native kernels"
     parts = {
         "base": 0 if offloaded else weights.base // shards,
         "quantization constants": weights.constants,
@@ -138,7 +145,7 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
         "optimizer state": optimizer_bytes(weights.trainable, recipe.training.optimizer),
         "activations": int(footprint.kept),
         "temporaries": int(footprint.peak - footprint.kept),
-        "allocator": int(ALLOCATOR_SHARE[spread.accelerator] * (footprint.pooled_peak if on_cpu else footprint.peak)),
+        "allocator": int(ALLOCATOR_SHARE[allocator] * (footprint.pooled_peak if on_cpu else footprint.peak)),
     }
     parts["libraries" if on_cpu else "CUDA context"] = int(LIBRARIES_BYTES if on_cpu else CUDA_CONTEXT_BYTES)
     return parts

@@ -214,6 +214,8 @@ def test_a_tensor_without_memory_stays_with_torch() -> None:
         x = torch.empty(1, 32, 64, dtype=torch.bfloat16)
         assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
         assert not native_attention.takes(x[None], x[None]) and not _native_takes(x, [])
+        with native.traced():
+            assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
 
 
 @pytest.mark.parametrize(

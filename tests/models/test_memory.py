@@ -49,6 +49,7 @@ def footprint(step: ForwardPass, *, checkpointing: bool = False, config: Any = N
         checkpointing=checkpointing,
         attention_name="segments",
         step=step,
+        on_cpu=False,
     )
 
 
