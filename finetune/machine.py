@@ -8,6 +8,9 @@ import resource
 import sys
 from typing import Any
 
+# Set to 0, this keeps the native CPU kernels out of use.
+KERNEL_SWITCH = "FINETUNE_NATIVE_KERNELS"
+
 
 def peak_memory_bytes() -> int:
     """Peak memory of this process: on the GPU where torch uses one, else resident host memory."""

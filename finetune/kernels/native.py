@@ -23,13 +23,12 @@ from typing import Any
 import torch
 
 from finetune.files import cache_dir
+from finetune.machine import KERNEL_SWITCH
 
 SOURCES = Path(__file__).with_name("cpp")
 # Contraction: a * b + c in one rounding, which is faster and more exact. Without trapping math, g++ 12 computed both
 # sides of exp's clamps for every element: SwiGLU took six times as long, from denormal numbers.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast")
-SWITCH = "FINETUNE_NATIVE_KERNELS"
-
 # Rows and columns of a tile of the AMX kernels; their sizes must be multiples of it.
 TILE = 32
 
@@ -128,8 +127,8 @@ def _amx_granted() -> bool:
 
 def _built() -> Path:
     """The shared library's path, after compiling it if this machine has not yet."""
-    if os.environ.get(SWITCH) == "0":
-        raise NativeKernelsMissingError(f"{SWITCH} is 0")
+    if os.environ.get(KERNEL_SWITCH) == "0":
+        raise NativeKernelsMissingError(f"{KERNEL_SWITCH} is 0")
     compiler = shutil.which("g++")
     if platform.system() != "Linux" or compiler is None:
         raise NativeKernelsMissingError("they are compiled with g++ on Linux, which is not here")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import BadInputError, FinetuneError
-from finetune.machine import limit_kernel_cache
+from finetune.machine import KERNEL_SWITCH, limit_kernel_cache
 from finetune.recipe.load import dump_recipe, load_recipe
 
 PHASES = ("data", "forward", "backward", "optimizer")
 WARMUP_STEPS = 2
 UNFUSED = "unfused"
+# A CPU's native kernels switched off.
+TORCH_KERNELS = "torch_kernels"
 
 # Overrides of what a variant's name says; `key.sub=value` is a variant too, and + joins several.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -35,6 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "checkpointing": ("training.gradient_checkpointing=true",),
     "compile": ("training.compile=true",),
     UNFUSED: (),
+    TORCH_KERNELS: (),
 }
 DEFAULT_VARIANTS = ("recipe", "none", "isolated", "shared_prefix", "bf16", "nf4", "checkpointing", UNFUSED)
 
@@ -155,7 +159,8 @@ def _task(recipe: Path, overrides: Sequence[str], name: str, steps: int) -> dict
         "distributed.devices=1",
     ]
     load_recipe(recipe, every)
-    return {"recipe": str(recipe), "overrides": every, "fused": fused, "steps": steps, "warmup": WARMUP_STEPS}
+    task = {"recipe": str(recipe), "overrides": every, "fused": fused, "steps": steps, "warmup": WARMUP_STEPS}
+    return {**task, "environment": {KERNEL_SWITCH: "0"} if TORCH_KERNELS in name.split("+") else {}}
 
 
 def _work(task: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +170,8 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
         FinetuneError: with the last lines of a process that failed.
     """
     command = [sys.executable, "-m", "finetune.training.bench_worker"]
-    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True)
+    environment = {**os.environ, **task["environment"]}
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise FinetuneError(lines[-1])

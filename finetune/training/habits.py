@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from finetune.kernels import native
 from finetune.recipe.schema import Recipe
 from finetune.training.strategy import Placement
 
@@ -127,6 +128,16 @@ def _attention(recipe: Recipe, placement: Placement, _: bool) -> tuple[bool, str
     return True, kernel
 
 
+def _native_kernels(recipe: Recipe, placement: Placement, _: bool) -> tuple[bool, str]:
+    if placement.accelerator != "cpu":
+        return False, "they are for CPUs"
+    if not recipe.training.precision.startswith("bf16"):
+        return False, "they compute in bf16; set training.precision: bf16-mixed"
+    if (reason := native.why_missing()) is not None:
+        return False, reason
+    return True, "norms, SwiGLU and rotation" + (", attention, loss and LoRA" if native.has_amx() else "; no AMX here")
+
+
 def _fused_optimizer(recipe: Recipe, _: Placement, __: bool) -> tuple[bool, str]:
     name = recipe.training.optimizer.name
     if name == "adafactor" or (name == "adamw" and recipe.training.precision == "16-mixed"):
@@ -145,6 +156,7 @@ HABITS: dict[str, Look] = {
     "mixed precision": _mixed_precision,
     "packing": _packing,
     "fused attention": _attention,
+    "native CPU kernels": _native_kernels,
     "fused optimizer": _fused_optimizer,
     "zero_grad(set_to_none)": _set_to_none,
     "gradient accumulation": _accumulation,

@@ -16,6 +16,7 @@ from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.layout import Group, RowLayout, attention_blocks, block_mask
 from finetune.kernels.lora import Projection, _native_takes, lora_linears
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
+from finetune.machine import KERNEL_SWITCH
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.why_missing()}")
 needs_amx = pytest.mark.skipif(not native.has_amx(), reason="the processor has no AMX")
@@ -220,7 +221,7 @@ def test_a_tensor_without_memory_stays_with_torch() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({native.SWITCH: "0"}, f"{native.SWITCH} is 0"), ({"PATH": "/nowhere"}, "compiled with g++ on Linux")],
+    [({KERNEL_SWITCH: "0"}, f"{KERNEL_SWITCH} is 0"), ({"PATH": "/nowhere"}, "compiled with g++ on Linux")],
     ids=["switched off", "no compiler"],
 )
 def test_without_the_kernels_torch_computes_the_same(changes: dict[str, str], reason: str) -> None:

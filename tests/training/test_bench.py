@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.cli import main
 from finetune.data.batches import padded_batch
 from finetune.errors import BadInputError
+from finetune.kernels import native
 from finetune.kernels.layout import Group
 from finetune.models.flops import needed_flops, packed_counts, padded_counts, training_work
 from finetune.models.fused import unfuse
@@ -75,6 +76,18 @@ def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(BadInputError, match="packed is none of recipe, none"):
         variant_overrides("nf4+packed")
     assert variant_overrides("nf4+unfused") == (["model.quantization=nf4"], False)
+
+
+def test_a_variant_with_torchs_kernels_runs_without_the_native_ones(
+    model_dir: ModelDir, rows: Path, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(tmp_path, model_dir("llama"), rows))
+    changed = ["training.precision=bf16-mixed", "model.attention=auto"]
+    report = bench_training(path, changed, ["recipe", "torch_kernels"], steps=1, rounds=1)
+    losses = [report["rounds"][name][0]["losses"] for name in ("recipe", "torch_kernels")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    # Other kernels round otherwise: had both run the same ones, every bit would agree.
+    assert native.library() is None or losses[0] != losses[1]
 
 
 def test_needed_arithmetic_is_what_torch_counts(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
