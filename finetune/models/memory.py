@@ -143,7 +143,7 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
         "adapter": trained,
         "gradients": trained,
         "optimizer state": optimizer_bytes(weights.trainable, recipe.training.optimizer),
-        "activations": int(footprint.kept),
+        "activations": 0 if recipe.training.activation_offload and not on_cpu else int(footprint.kept),
         "temporaries": int(footprint.peak - footprint.kept),
         "allocator": int(ALLOCATOR_SHARE[allocator] * (footprint.pooled_peak if on_cpu else footprint.peak)),
     }

@@ -211,6 +211,11 @@ CHECKS: tuple[Check, ...] = (
         "remove cpu_offload",
     ),
     Check(
+        "training.activation_offload",
+        lambda r: r.training.activation_offload and r.distributed.accelerator == "cpu",
+        "{value}, but on a CPU activations are in host memory already; remove it",
+    ),
+    Check(
         "evaluation.every_steps",
         lambda r: r.evaluation.every_steps is not None and not _has_validation(r),
         "{value}, but there are no validation rows; set data.validation.size, e.g. 0.05, or data.validation.source",

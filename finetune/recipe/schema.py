@@ -192,6 +192,9 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
+    activation_offload: bool = Field(
+        False, description="Keep activations in host memory until the backward pass: less GPU memory, slower."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Order, initial adapter and dropout follow from it.")
     compile: bool = Field(False, description="Compile the decoder layers, each for itself, with torch.compile.")
     on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")

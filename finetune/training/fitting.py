@@ -176,6 +176,11 @@ def _checkpointing(state: _State, _: Devices) -> Changes:
         yield _training(state, "gradient_checkpointing", True)
 
 
+def _activation_offload(state: _State, devices: Devices) -> Changes:
+    if devices.accelerator == "cuda" and not state.recipe.training.activation_offload:
+        yield _training(state, "activation_offload", True)
+
+
 def _fsdp(state: _State, devices: Devices) -> Changes:
     if devices.world_size > 1 and state.strategy != "fsdp" and state.recipe.model.quantization != "int8":
         yield _distributed(state, {"strategy": "fsdp"})
@@ -209,11 +214,13 @@ def _distributed(state: _State, values: dict[str, Any]) -> tuple[str, _State]:
     return text, replace(state, recipe=recipe, strategy="fsdp")
 
 
-# In order of what they cost: nothing, a little speed, a third more work, traffic, precision of the base, much speed.
+# In order of what they cost: nothing, a little speed, a third more work, traffic (twice), precision of the base, much
+# speed.
 CHANGES: tuple[Callable[[_State, Devices], Changes], ...] = (
     _smaller_optimizer,
     _smaller_pass,
     _checkpointing,
+    _activation_offload,
     _fsdp,
     _nf4,
     _offload,

@@ -121,6 +121,14 @@ def _checkpointing(recipe: Recipe, _: Placement, __: bool) -> tuple[bool, str]:
     return False, "activations are kept, which is faster"
 
 
+def _activation_offload(recipe: Recipe, placement: Placement, _: bool) -> tuple[bool, str]:
+    if placement.accelerator == "cpu":
+        return False, "activations are in host memory already"
+    if recipe.training.activation_offload:
+        return True, "activations wait in host memory for the backward pass"
+    return False, "activations stay on the GPU, which is faster"
+
+
 def _attention(recipe: Recipe, placement: Placement, _: bool) -> tuple[bool, str]:
     if recipe.model.attention == "eager":
         return False, "model.attention is eager; auto picks a fused kernel"
@@ -161,6 +169,7 @@ HABITS: dict[str, Look] = {
     "zero_grad(set_to_none)": _set_to_none,
     "gradient accumulation": _accumulation,
     "gradient checkpointing": _checkpointing,
+    "activation offload": _activation_offload,
     "no-grad evaluation": _no_grad,
     "DDP or FSDP, not DataParallel": _distributed,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
+from finetune.kernels.offload import offloaded
 from finetune.machine import release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
@@ -232,8 +233,10 @@ class FinetuneModule(L.LightningModule):
 
     def _micro_loss(self, micro: MicroBatch, num_supervised: int) -> torch.Tensor:
         """Add one micro-batch's gradients; its part of the step's loss, detached."""
+        offload = self.recipe.training.activation_offload and self.device.type == "cuda"
         with packed_row(micro.layout):
-            loss: torch.Tensor = self.loss_model(micro) / max(1, num_supervised)
+            with offloaded() if offload else nullcontext():
+                loss: torch.Tensor = self.loss_model(micro) / max(1, num_supervised)
             self.manual_backward(loss)
         return loss.detach()
 

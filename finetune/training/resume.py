@@ -41,6 +41,7 @@ HARMLESS = (
     "training.micro_batch_size",
     "training.auto_micro_batch",
     "training.gradient_checkpointing",
+    "training.activation_offload",
     "training.compile",
     "training.num_workers",
     "training.on_non_finite",

@@ -67,6 +67,13 @@ def test_every_precision_trains(quantization: str, precision: str, tmp_path: Pat
     assert losses[-1] < losses[0]
 
 
+def test_offloaded_activations_give_the_same_losses(tmp_path: Path) -> None:
+    training = {"max_steps": 4, "precision": "bf16-mixed"}
+    want = run(tmp_path, "llama", "kept", "cuda", training=training)
+    got = run(tmp_path, "llama", "moved", "cuda", training={**training, "activation_offload": True})
+    assert got == pytest.approx(want, rel=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "lion", "paged_lion_8bit", "adafactor"])
 def test_every_optimizer_resumes(optimizer: str, tmp_path: Path) -> None:
     training = {"optimizer": {"name": optimizer, "lr": 1e-3}}

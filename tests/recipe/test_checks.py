@@ -84,6 +84,11 @@ REFUSED = [
     (["distributed.strategy=single", "distributed.devices=2"], "distributed.strategy", "devices is 2"),
     (["distributed.strategy=single", "distributed.num_nodes=2"], "distributed.strategy", "num_nodes is 2"),
     (["distributed.cpu_offload=true"], "distributed.cpu_offload", "it is auto"),
+    (
+        ["training.activation_offload=true", "distributed.accelerator=cpu"],
+        "training.activation_offload",
+        "in host memory already",
+    ),
     (["evaluation.every_steps=5"], "evaluation.every_steps", "there are no validation rows"),
     (
         ["evaluation.early_stopping={}", "evaluation.every_steps=5"],
