@@ -28,7 +28,7 @@ from finetune.kernels.attention import packed_row
 from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.layout import RowLayout, dense_mask
 from finetune.models.fused import fuse
-from finetune.models.heads import decoder_of, head_logits, plain_head_weight
+from finetune.models.heads import checkpoint_layers, decoder_of, head_logits, plain_head_weight
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
 from finetune.recipe.schema import LoraSection, ModelSection
 
@@ -67,6 +67,22 @@ class Footprint:
     def peak(self) -> float:
         """The most at any time."""
         return max(self.forward_peak, self.loss_peak, self.backward_peak)
+
+
+def between(kept: Footprint, recomputed: Footprint, share: float) -> Footprint:
+    """The footprint where this share of the layers is recomputed and the others are kept."""
+
+    def mixed(name: str) -> float:
+        first, second = getattr(kept, name), getattr(recomputed, name)
+        return float(first + (second - first) * share)
+
+    base = mixed("kept")
+    peaks = {
+        # The kept layers are the last: their activations are gone when the others are computed again.
+        name: max(base + getattr(kept, name) - kept.kept, getattr(recomputed, name))
+        for name in ("forward_peak", "loss_peak", "backward_peak")
+    }
+    return Footprint(kept=base, pooled_peak=mixed("pooled_peak"), **peaks)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -146,15 +162,14 @@ def _measure_short(
     model: ModelSection,
     adapter: LoraSection,
     precision: str,
-    checkpointing: bool,
+    checkpointing: bool | int,
     attention_name: str,
     step: ForwardPass,
     num_layers: int,
     on_cpu: bool,
 ) -> Footprint:
     base = build_skeleton(config, model, precision=precision, attention_name=attention_name, num_layers=num_layers)
-    if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(base, checkpointing)
     # Trained tokens need the tokenizer and are few rows; here they would only add a copy of the embedding.
     adapted = adapt_skeleton(base, adapter.model_copy(update={"trainable_tokens": []}), None)
     fuse(adapted)

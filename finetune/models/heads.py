@@ -25,6 +25,28 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     return max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
 
 
+def checkpoint_layers(causal_lm: Any, wanted: bool | int) -> None:
+    """Recompute in the backward pass what the decoder layers computed: all (True) or the first `wanted` of them.
+
+    Raises:
+        ModelError: if there are not so many.
+    """
+    if wanted is False:
+        return
+    causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = decoder_layers(causal_lm)
+    if wanted is True:
+        return
+    if wanted > len(layers):
+        raise ModelError(
+            f"training.gradient_checkpointing: {wanted} layers, but the model has {len(layers)}; use true for all"
+        )
+    for layer in layers[wanted:]:
+        for module in layer.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
 def head_logits(causal_lm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [..., V] of hidden states [..., D], with the model's own scale and soft cap."""
     logits: torch.Tensor = causal_lm.get_output_embeddings()(hidden)

@@ -10,7 +10,7 @@ from finetune.kernels import native
 from finetune.kernels.cross_entropy import chunk_tokens
 from finetune.kernels.layout import Group
 from finetune.models.attention import choose_attention, why_not_packed
-from finetune.models.footprint import Footprint, ForwardPass, measure_pass
+from finetune.models.footprint import Footprint, ForwardPass, between, measure_pass
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, target_counts
 from finetune.models.weights import WeightBytes, count_weights, optimizer_bytes
 from finetune.recipe.schema import Recipe
@@ -104,16 +104,29 @@ class Planner:
         return found
 
     def _footprint(self, recipe: Recipe, attention: str, step: ForwardPass, on_cpu: bool) -> Footprint:
-        training = recipe.training
-        chosen = (recipe.model, recipe.adapter, training.precision, training.gradient_checkpointing, step, on_cpu)
+        wanted = recipe.training.gradient_checkpointing
+        if isinstance(wanted, bool):
+            return self._measured(recipe, attention, step, on_cpu, wanted)
+        kept, recomputed = (self._measured(recipe, attention, step, on_cpu, every) for every in (False, True))
+        return between(kept, recomputed, min(1.0, wanted / self.num_layers))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def _measured(
+        self, recipe: Recipe, attention: str, step: ForwardPass, on_cpu: bool, checkpointing: bool
+    ) -> Footprint:
+        chosen = (recipe.model, recipe.adapter, recipe.training.precision, checkpointing, step, on_cpu)
         key = repr(chosen)
         if key not in self._known:
             self._known[key] = measure_pass(
                 self.config,
                 recipe.model,
                 recipe.adapter,
-                precision=training.precision,
-                checkpointing=training.gradient_checkpointing,
+                precision=recipe.training.precision,
+                checkpointing=checkpointing,
                 attention_name=attention,
                 step=step,
                 on_cpu=on_cpu,

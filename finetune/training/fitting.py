@@ -101,13 +101,13 @@ def cheapest_fit(planner: Planner, recipe: Recipe, step: ForwardPass, strategy: 
     start = _State(recipe, step, strategy)
     together, texts = start, ()
     for change in CHANGES:
-        for text, state in change(start, devices):
+        for text, state in change(planner, start, devices):
             total = _total(planner, state, devices)
             if total <= devices.usable_bytes:
                 return Fit((text,), total)
     for change in CHANGES:
         best = None
-        for text, state in change(together, devices):
+        for text, state in change(planner, together, devices):
             best = (text, state)
             total = _total(planner, state, devices)
             if total <= devices.usable_bytes:
@@ -130,12 +130,12 @@ def estimate(planner: Planner, recipe: Recipe, step: ForwardPass, strategy: str,
 Changes = Iterator[tuple[str, _State]]
 
 
-def _smaller_optimizer(state: _State, _: Devices) -> Changes:
+def _smaller_optimizer(_planner: Planner, state: _State, _: Devices) -> Changes:
     if state.recipe.training.optimizer.name == "adamw":
         yield _training(state, "optimizer.name", "paged_adamw_8bit")
 
 
-def _smaller_pass(state: _State, _: Devices) -> Changes:
+def _smaller_pass(_planner: Planner, state: _State, _: Devices) -> Changes:
     """Halves down to one sample, or to rows of the longest sample."""
     recipe, step = state.recipe, state.step
     data, rows = recipe.data, recipe.training.micro_batch_size
@@ -171,28 +171,33 @@ def _half(step: ForwardPass) -> ForwardPass:
     return ForwardPass(1, max(limit, tokens), supervised, tuple(kept))
 
 
-def _checkpointing(state: _State, _: Devices) -> Changes:
-    if not state.recipe.training.gradient_checkpointing:
-        yield _training(state, "gradient_checkpointing", True)
+def _checkpointing(planner: Planner, state: _State, _: Devices) -> Changes:
+    """The first layer, the first two, and so on to all."""
+    wanted = state.recipe.training.gradient_checkpointing
+    if wanted is True:
+        return
+    for count in range(int(wanted) + 1, planner.num_layers):
+        yield _training(state, "gradient_checkpointing", count)
+    yield _training(state, "gradient_checkpointing", True)
 
 
-def _activation_offload(state: _State, devices: Devices) -> Changes:
+def _activation_offload(_planner: Planner, state: _State, devices: Devices) -> Changes:
     if devices.accelerator == "cuda" and not state.recipe.training.activation_offload:
         yield _training(state, "activation_offload", True)
 
 
-def _fsdp(state: _State, devices: Devices) -> Changes:
+def _fsdp(_planner: Planner, state: _State, devices: Devices) -> Changes:
     if devices.world_size > 1 and state.strategy != "fsdp" and state.recipe.model.quantization != "int8":
         yield _distributed(state, {"strategy": "fsdp"})
 
 
-def _nf4(state: _State, _: Devices) -> Changes:
+def _nf4(_planner: Planner, state: _State, _: Devices) -> Changes:
     if state.recipe.model.quantization == "none" and state.recipe.adapter.init not in ("olora", "pissa"):
         model = state.recipe.model.model_copy(update={"quantization": "nf4"})
         yield "model.quantization=nf4", replace(state, recipe=state.recipe.model_copy(update={"model": model}))
 
 
-def _offload(state: _State, devices: Devices) -> Changes:
+def _offload(_planner: Planner, state: _State, devices: Devices) -> Changes:
     if devices.accelerator == "cuda" and not state.recipe.distributed.cpu_offload and devices.world_size > 1:
         yield _distributed(state, {"strategy": "fsdp", "cpu_offload": True})
 
@@ -216,7 +221,7 @@ def _distributed(state: _State, values: dict[str, Any]) -> tuple[str, _State]:
 
 # In order of what they cost: nothing, a little speed, a third more work, traffic (twice), precision of the base, much
 # speed.
-CHANGES: tuple[Callable[[_State, Devices], Changes], ...] = (
+CHANGES: tuple[Callable[[Planner, _State, Devices], Changes], ...] = (
     _smaller_optimizer,
     _smaller_pass,
     _checkpointing,

@@ -116,8 +116,10 @@ def _distributed(_: Recipe, placement: Placement, __: bool) -> tuple[bool, str]:
 
 
 def _checkpointing(recipe: Recipe, _: Placement, __: bool) -> tuple[bool, str]:
-    if recipe.training.gradient_checkpointing:
-        return True, "activations are computed twice (about a third more work); switch it off where memory allows"
+    wanted = recipe.training.gradient_checkpointing
+    if wanted:
+        which = "activations" if wanted is True else f"those of the first {wanted} layers"
+        return True, f"{which} are computed twice (about a third more work for them); less of it where memory allows"
     return False, "activations are kept, which is faster"
 
 

@@ -24,7 +24,14 @@ from finetune.machine import release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
-from finetune.models.heads import check_head, decoder_layers, decoder_of, head_logits, plain_head_weight
+from finetune.models.heads import (
+    check_head,
+    checkpoint_layers,
+    decoder_layers,
+    decoder_of,
+    head_logits,
+    plain_head_weight,
+)
 from finetune.models.load import fit_vocabulary, load_base
 from finetune.models.shared import quantized_source, shared_source
 from finetune.models.sources import ModelSource
@@ -122,8 +129,7 @@ class FinetuneModule(L.LightningModule):
         )
         fit_vocabulary(base, self.tokenizer, seed=training.seed)
         check_head(base, self.source.name)
-        if training.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
         fused = fuse(model, compiled=training.compile)
         if fused.left_to_peft:

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 
+from finetune.errors import ModelError
 from finetune.kernels.layout import Group
 from finetune.models.adapters import attach_adapter, trainable_parameters
-from finetune.models.footprint import Footprint, ForwardPass, measure_pass
+from finetune.models.footprint import Footprint, ForwardPass, _measure_short, between, measure_pass
+from finetune.models.heads import checkpoint_layers, decoder_layers
 from finetune.models.memory import Planner, Spread, largest_pass, parts_of
 from finetune.models.skeleton import adapt_skeleton, build_skeleton
 from finetune.models.weights import count_weights, optimizer_bytes, quantized_bytes
@@ -68,6 +70,24 @@ def test_checkpointing_keeps_one_hidden_state_a_layer() -> None:
     step = ForwardPass(1, 256, 100, (Group(0, (64,) * 4),))
     kept = {n: footprint(step, checkpointing=True, config=llama(num_hidden_layers=n)).kept for n in (4, 8)}
     assert (kept[8] - kept[4]) / 4 == 256 * D * 2
+
+
+def test_some_layers_recomputed_are_between_all_and_none() -> None:
+    step, config = ForwardPass(1, 256, 100, (Group(0, (64,) * 4),)), llama(num_hidden_layers=4)
+    none, every = (footprint(step, checkpointing=wanted, config=config) for wanted in (False, True))
+    model, adapter = ModelSection(name="x"), LoraSection(rank=RANK)
+    some = _measure_short(config, model, adapter, "bf16-mixed", 3, "segments", step, 4, on_cpu=False)
+    found = between(none, every, 3 / 4)
+    assert found.kept == pytest.approx(some.kept, rel=0.02)
+    assert found.peak == pytest.approx(some.peak, rel=0.02) and found.peak < none.peak
+
+
+def test_more_layers_than_there_are_cannot_be_recomputed() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(llama(num_hidden_layers=2))
+    checkpoint_layers(model, 1)
+    assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, False]
+    with pytest.raises(ModelError, match="3 layers, but the model has 2"):
+        checkpoint_layers(model, 3)
 
 
 def test_two_short_models_give_a_long_one() -> None:

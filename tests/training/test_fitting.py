@@ -89,6 +89,22 @@ def test_one_change_is_preferred_and_none_is_said() -> None:
     assert cheapest_fit(planner, made, start.step, "ddp", replace(devices, memory_bytes=10**8)) is None
 
 
+def test_as_few_layers_as_fit_are_recomputed() -> None:
+    made, planner = recipe(training={"micro_batch_size": 1, "optimizer": {"name": "paged_adamw_8bit"}}), Planner(CONFIG)
+
+    def total(wanted: bool | int) -> int:
+        training = made.training.model_copy(update={"gradient_checkpointing": wanted})
+        changed = made.model_copy(update={"training": training})
+        return planner.estimate(changed, Spread("single", 1, "cuda")).total
+
+    every = [total(False), *(total(count) for count in range(1, planner.num_layers)), total(True)]
+    assert every[-1] < every[-2] < every[0]
+    devices = Devices("cuda", int(every[-2] / 0.95) + 10**3, 1)
+    step = planner.estimate(made, Spread("single", 1, "cuda")).step
+    fit = cheapest_fit(planner, made, step, "single", devices)
+    assert fit is not None and fit.overrides == (f"training.gradient_checkpointing={planner.num_layers - 1}",)
+
+
 def test_memory_of_a_cpu_is_shared(tmp_path: Path) -> None:
     from finetune.training.fitting import memory_of
 

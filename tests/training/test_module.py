@@ -63,6 +63,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "shared prefix": {"data": {"packing": "shared_prefix", "max_tokens": 200}},
     "dense mask": {"data": {"packing": "isolated", "max_tokens": 200}, "model": {"attention": "sdpa"}},
     "checkpointed": {"training": {"gradient_checkpointing": True}, "data": {"packing": "isolated", "max_tokens": 200}},
+    "first layer checkpointed": {"training": {"gradient_checkpointing": 1}, "data": {"packing": "none"}},
 }
 
 
