@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -63,8 +63,8 @@ def fuse(model: PeftModel, compiled: bool = False) -> Fused:
         elif _is_swiglu(module):
             module.forward = MethodType(_swiglu_forward, module)
             count.mlps += 1
-        elif not compiled and _is_rotary(module):
-            module.forward = MethodType(_with_rotation(type(module).forward), module)
+        elif not compiled and (rotating := _with_rotation(type(module).forward)) is not None:
+            module.forward = MethodType(rotating, module)
             count.rotations += 1
     return count
 
@@ -209,11 +209,8 @@ def _rotation_of(forward: Any) -> Any:
     return getattr(found, "func", found)
 
 
-def _is_rotary(module: torch.nn.Module) -> bool:
-    """Whether an attention module rotates the halves of its heads: some models rotate pairs instead."""
-    theirs = _rotation_of(type(module).forward)
-    if theirs is None or "position_embeddings" not in type(module).forward.__code__.co_varnames:
-        return False
+def _rotates_halves(theirs: Any) -> bool:
+    """Whether a model's rotary function rotates the halves of its heads: some rotate pairs instead."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 2, 3, 8, generator=generator)
     cos, sin = torch.randn(2, 1, 3, 8, generator=generator)
@@ -225,9 +222,16 @@ def _is_rotary(module: torch.nn.Module) -> bool:
     return all(torch.allclose(a, x * cos + h * sin) for a, x, h in zip(got, (q, k), halves, strict=True))
 
 
-def _with_rotation(forward: Any) -> FunctionType:
-    """The same function, but what it calls by `ROTARY` is `_rotation`; the module that defines it stays as it is."""
-    own = {**forward.__globals__, ROTARY: partial(_rotation, forward.__globals__[ROTARY])}
+@cache
+def _with_rotation(forward: Any) -> FunctionType | None:
+    """The same function, but what it calls by `ROTARY` is `_rotation`; None where that would be another.
+
+    The module that defines it stays as it is. Cached: all layers of a model have one class.
+    """
+    theirs = _rotation_of(forward)
+    if theirs is None or "position_embeddings" not in forward.__code__.co_varnames or not _rotates_halves(theirs):
+        return None
+    own = {**forward.__globals__, ROTARY: partial(_rotation, theirs)}
     changed = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__)
     changed.__kwdefaults__ = forward.__kwdefaults__
     return changed

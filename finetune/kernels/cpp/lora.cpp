@@ -50,11 +50,22 @@ Matrix scaled_b(const Layer& layer, index_t first, index_t ranks) {
 }
 
 // Panels of a matrix [rows, columns], by tiles of 32 rows and then of 32 columns.
-template <class Pack> Matrix packed(const Matrix& matrix, index_t rows, index_t columns, Pack pack) {
+Matrix packed(const Matrix& matrix, index_t rows, index_t columns) {
     Matrix out(rows * columns);
     for (index_t row = 0; row < rows; row += TILE)
         for (index_t column = 0; column < columns; column += TILE)
-            pack(matrix.data() + row * columns + column, columns, out.data() + row * columns + column * TILE);
+            pack_straight(matrix.data() + row * columns + column, columns,
+                          out.data() + row * columns + column * TILE);
+    return out;
+}
+
+// The same of its transpose, [columns, rows].
+Matrix packed_transpose(const Matrix& matrix, index_t rows, index_t columns) {
+    Matrix out(rows * columns);
+    for (index_t row = 0; row < rows; row += TILE)
+        for (index_t column = 0; column < columns; column += TILE)
+            pack_transposed(matrix.data() + row * columns + column, columns,
+                            out.data() + column * rows + row * TILE);
     return out;
 }
 
@@ -122,29 +133,17 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
                   int threads) {
     Group group{layers, count, tokens, dim};
     index_t ranks = group.ranks(), used = 0;
-    Matrix down = packed(all_a(group), ranks, dim, pack_transposed);
-    // Rows of ranks, columns of inputs: with one tile of ranks its panels follow each other along the depth.
-    Matrix by_depth(down.size());
-    for (index_t rank = 0; rank < ranks; rank += TILE)
-        for (index_t k = 0; k < dim; k += TILE)
-            std::memcpy(by_depth.data() + k * ranks + rank * TILE, down.data() + rank * dim + k * TILE, PANEL * 2);
+    Matrix down = packed_transpose(all_a(group), ranks, dim);
     std::vector<Matrix> up;
-    for (index_t n = 0; n < count; used += layers[n++].rank) {
-        Matrix b = packed(scaled_b(layers[n], used, ranks), layers[n].outputs, ranks, pack_transposed);
-        Matrix by_rank(b.size());
-        for (index_t o = 0; o < layers[n].outputs; o += TILE)
-            for (index_t rank = 0; rank < ranks; rank += TILE)
-                std::memcpy(by_rank.data() + rank * layers[n].outputs + o * TILE, b.data() + o * ranks + rank * TILE,
-                            PANEL * 2);
-        up.push_back(std::move(by_rank));
-    }
+    for (index_t n = 0; n < count; used += layers[n++].rank)
+        up.push_back(packed_transpose(scaled_b(layers[n], used, ranks), layers[n].outputs, ranks));
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
         std::vector<float> sums(TILE * ranks);
 #pragma omp for schedule(static)
         for (index_t token = 0; token < tokens; token += TILE) {
-            reduce_tile(x + token * dim, dim, by_depth, ranks, used, sums.data(), false);
+            reduce_tile(x + token * dim, dim, down, ranks, used, sums.data(), false);
             round_rows(sums.data(), xa + token * ranks, TILE * ranks);
             for (index_t n = 0; n < count; ++n)
                 expand_tile(xa + token * ranks, ranks, up[n], layers[n].outputs,
@@ -161,8 +160,8 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
     index_t ranks = group.ranks(), used = 0, width = dim;
     std::vector<Matrix> down;
     for (index_t n = 0; n < count; used += layers[n].rank, width += layers[n++].outputs)
-        down.push_back(packed(scaled_b(layers[n], used, ranks), layers[n].outputs, ranks, pack_straight));
-    Matrix up = packed(all_a(group), ranks, dim, pack_straight);
+        down.push_back(packed(scaled_b(layers[n], used, ranks), layers[n].outputs, ranks));
+    Matrix up = packed(all_a(group), ranks, dim);
     index_t part_tiles = (tokens / TILE + PARTS - 1) / PARTS, parts = (tokens / TILE + part_tiles - 1) / part_tiles;
     // Each part's dA^T and then every layer's dB^T, [rows, width] one after the other. Kept from call to call: fresh
     // memory costs its page faults, as long as the sums themselves.
