@@ -3,7 +3,7 @@
 PEFT's layer takes several graph nodes, casts x to fp32 and back, and makes the update a tensor of its own. Here q, k
 and v (or gate and up) are one node in the compute dtype: their A products are one, x is kept once, and its gradient is
 summed in place. A frozen 4-bit weight is expanded when it is needed and dropped again. The adapter's parameters stay
-PEFT's own. On a CPU with AMX all that is not the frozen products is one native kernel a pass, `cpp/lora.cpp`.
+PEFT's own. On a CPU with AMX each pass is one native kernel, `cpp/lora.cpp`.
 
 Shapes: T tokens, D inputs, O outputs, R rank.
 """
@@ -35,6 +35,11 @@ class Projection:
     a_RD: torch.Tensor
     b_OR: torch.Tensor
     scale: float
+
+    def frozen(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The frozen weight and bias in a dtype, dense."""
+        weight = self.weight(dtype).contiguous()
+        return weight, None if self.bias is None else self.bias.to(dtype).contiguous()
 
 
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
@@ -100,7 +105,7 @@ def _stack_a(layers: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
 
 class _NativeLayer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b", "y", "da", "db")),
+        *((name, ctypes.c_void_p) for name in ("w", "bias", "a", "b", "y", "da", "db")),
         *((name, ctypes.c_int64) for name in ("rank", "outputs")),
         ("scale", ctypes.c_float),
     )
@@ -120,14 +125,11 @@ def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
 class _NativeLoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, layers: Sequence[Projection], *matrices):  # type: ignore[no-untyped-def]
-        with torch.autocast("cpu", enabled=False):
-            outputs = tuple(
-                F.linear(x, layer.weight(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-                for layer in layers
-            )
-        tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
-        xa_TR = x.new_empty(tokens, -(-sum(_ranks(layers)) // native.TILE) * native.TILE)
-        native.call("lora_forward", partial(_native_layers, layers, outputs), x, xa_TR, len(layers), tokens, dim)
+        tokens, dim, ranks = x.numel() // x.shape[-1], x.shape[-1], sum(_ranks(layers))
+        outputs = tuple(x.new_empty(*x.shape[:-1], layer.b_OR.shape[0]) for layer in layers)
+        xa_TR = x.new_empty(tokens, -(-ranks // native.TILE) * native.TILE)
+        group = partial(_native_layers, layers, [layer.frozen(x.dtype) for layer in layers], outputs)
+        native.call("lora_forward", group, x, xa_TR, len(layers), tokens, dim)
         ctx.save_for_backward(x, xa_TR)
         ctx.layers = layers
         return outputs
@@ -136,29 +138,28 @@ class _NativeLoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
         x, xa_TR = ctx.saved_tensors
         layers: Sequence[Projection] = ctx.layers
+        tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         dys = [grad.to(x.dtype).contiguous() for grad in grads]
-        dx = None
+        dx, frozen = None, [(None, None) for _ in layers]
         if ctx.needs_input_grad[0]:
-            with torch.autocast("cpu", enabled=False):
-                for layer, dy in zip(layers, dys, strict=True):
-                    dy_TO, weight = dy.view(-1, dy.shape[-1]), layer.weight(x.dtype)
-                    dx = dy_TO @ weight if dx is None else dx.addmm_(dy_TO, weight)
-            dx = dx.view_as(x)  # type: ignore[union-attr]
+            dx, frozen = torch.empty_like(x), [layer.frozen(x.dtype) for layer in layers]
         # In the order of the arguments: a and b of each layer.
         d_matrices = [torch.empty_like(matrix) for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
-        group = partial(_native_layers, layers, dys, d_matrices)
-        tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
+        group = partial(_native_layers, layers, frozen, dys, d_matrices)
         native.call("lora_backward", group, x, xa_TR, dx, len(layers), tokens, dim)
         return dx, None, *d_matrices
 
 
 def _native_layers(
-    layers: Sequence[Projection], ys: Sequence[torch.Tensor], d_matrices: Sequence[torch.Tensor] | None = None
+    layers: Sequence[Projection],
+    frozen: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+    ys: Sequence[torch.Tensor],
+    d_matrices: Sequence[torch.Tensor] | None = None,
 ) -> ctypes.Array[_NativeLayer]:
     array = (_NativeLayer * len(layers))()
     for index, (layer, y) in enumerate(zip(layers, ys, strict=True)):
-        da, db = (None, None) if d_matrices is None else (m.data_ptr() for m in d_matrices[2 * index : 2 * index + 2])
-        rank, outputs = layer.a_RD.shape[0], layer.b_OR.shape[0]
-        a, b = layer.a_RD.data_ptr(), layer.b_OR.data_ptr()
-        array[index] = _NativeLayer(a, b, y.data_ptr(), da, db, rank, outputs, layer.scale)
+        matrices = [*frozen[index], layer.a_RD, layer.b_OR, y]
+        matrices += (None, None) if d_matrices is None else d_matrices[2 * index : 2 * index + 2]
+        pointers = (None if matrix is None else matrix.data_ptr() for matrix in matrices)
+        array[index] = _NativeLayer(*pointers, layer.a_RD.shape[0], layer.b_OR.shape[0], layer.scale)
     return array

@@ -18,43 +18,56 @@ static inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
-// c [32, 32] (fp32) = or += a [32, 32 * depth] times `depth` packed panels. Strides are in elements. `TOP` computes
-// only the first 16 rows, `LEFT` only the first 16 columns.
-template <bool TOP = false, bool LEFT = false, class Panel>
-static inline void multiply(const bf16* a, index_t a_stride, index_t depth, Panel panel, float* c, index_t c_stride,
-                            bool accumulate) {
-    index_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
-    float* below = c + 16 * c_stride;
+// The sums of a block, c [32, 32] (fp32), into tile registers 0 to 3, or zeros, and back. Strides are in elements. `TOP`
+// is only the first 16 rows, `LEFT` only the first 16 columns.
+template <bool TOP = false, bool LEFT = false>
+static inline void load_sums(const float* c, index_t stride, bool accumulate) {
+    const float* below = c + 16 * stride;
     if (accumulate) {
-        _tile_loadd(0, c, c_bytes);
-        if (!LEFT) _tile_loadd(1, c + 16, c_bytes);
-        if (!TOP) _tile_loadd(2, below, c_bytes);
-        if (!TOP && !LEFT) _tile_loadd(3, below + 16, c_bytes);
+        _tile_loadd(0, c, stride * 4);
+        if (!LEFT) _tile_loadd(1, c + 16, stride * 4);
+        if (!TOP) _tile_loadd(2, below, stride * 4);
+        if (!TOP && !LEFT) _tile_loadd(3, below + 16, stride * 4);
     } else {
         _tile_zero(0);
         if (!LEFT) _tile_zero(1);
         if (!TOP) _tile_zero(2);
         if (!TOP && !LEFT) _tile_zero(3);
     }
-    for (index_t k = 0; k < depth; ++k) {
-        const bf16* b = panel(k);
-        _tile_loadd(4, a + k * TILE, a_bytes);
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (!LEFT) {
-            _tile_loadd(7, b + PANEL / 2, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (!TOP) {
-            _tile_loadd(5, a + 16 * a_stride + k * TILE, a_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            if (!LEFT) _tile_dpbf16ps(3, 5, 7);
-        }
+}
+
+template <bool TOP = false, bool LEFT = false> static inline void store_sums(float* c, index_t stride) {
+    float* below = c + 16 * stride;
+    _tile_stored(0, c, stride * 4);
+    if (!LEFT) _tile_stored(1, c + 16, stride * 4);
+    if (!TOP) _tile_stored(2, below, stride * 4);
+    if (!TOP && !LEFT) _tile_stored(3, below + 16, stride * 4);
+}
+
+// The sums += a [32, 32] times a packed panel.
+template <bool TOP = false, bool LEFT = false>
+static inline void add_product(const bf16* a, index_t stride, const bf16* panel) {
+    _tile_loadd(4, a, stride * 2);
+    _tile_loadd(6, panel, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (!LEFT) {
+        _tile_loadd(7, panel + PANEL / 2, 64);
+        _tile_dpbf16ps(1, 4, 7);
     }
-    _tile_stored(0, c, c_bytes);
-    if (!LEFT) _tile_stored(1, c + 16, c_bytes);
-    if (!TOP) _tile_stored(2, below, c_bytes);
-    if (!TOP && !LEFT) _tile_stored(3, below + 16, c_bytes);
+    if (!TOP) {
+        _tile_loadd(5, a + 16 * stride, stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        if (!LEFT) _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// c [32, 32] = or += a [32, 32 * depth] times `depth` packed panels.
+template <bool TOP = false, bool LEFT = false, class Panel>
+static inline void multiply(const bf16* a, index_t a_stride, index_t depth, Panel panel, float* c, index_t c_stride,
+                            bool accumulate) {
+    load_sums<TOP, LEFT>(c, c_stride, accumulate);
+    for (index_t k = 0; k < depth; ++k) add_product<TOP, LEFT>(a + k * TILE, a_stride, panel(k));
+    store_sums<TOP, LEFT>(c, c_stride);
 }
 
 // Panel of xT for 32 rows of x and 32 of its columns: [2 x 16 rows of x][16 pairs of columns][16 rows][2].

@@ -1,20 +1,19 @@
-// What LoRA adds to frozen linear layers that share their input: y_i += s_i x A_i^T B_i^T, and its gradients.
+// Frozen linear layers that share their input, with LoRA: y_i = x W_i^T + b_i + s_i x A_i^T B_i^T, and the gradients.
 //
-// The ranks of all layers lie side by side, padded with zeros to 32, so that a group of layers is one pass over x.
-// The frozen products themselves are oneDNN's. Every tile of a result is computed by one thread in one order.
+// The ranks of all layers lie side by side, padded with zeros to 32: what an adapter adds is one more step of depth of
+// the frozen product. Every tile of a result is computed by one thread in one order.
 //
 // Shapes: T tokens, D inputs, O outputs, all multiples of 32; R ranks of all layers, padded.
 #ifdef __AMX_BF16__
-#include "amx.h"
-#include <algorithm>
-#include <vector>
+#include "product.h"
 
 namespace {
 
 struct Layer {
-    const float *a, *b;  // [rank, D], [O, rank]
-    bf16* y;             // [T, O]: the output to add to; in the backward pass its gradient
-    float *da, *db;      // as a and b
+    const bf16 *w, *bias;  // [O, D]; [O] or null
+    const float *a, *b;    // [rank, D], [O, rank]
+    bf16* y;               // [T, O]: the output; in the backward pass its gradient
+    float *da, *db;        // as a and b
     index_t rank, outputs;
     float scale;
 };
@@ -22,80 +21,62 @@ struct Layer {
 struct Group {
     const Layer* layers;
     index_t count, tokens, dim;
-    index_t ranks() const {
+    // Where a layer's ranks begin, and after the last layer how many there are.
+    index_t first_rank(index_t layer) const {
         index_t sum = 0;
-        for (index_t i = 0; i < count; ++i) sum += layers[i].rank;
-        return (sum + TILE - 1) / TILE * TILE;
+        for (index_t i = 0; i < layer; ++i) sum += layers[i].rank;
+        return sum;
     }
+    index_t used() const { return first_rank(count); }
+    index_t ranks() const { return (used() + TILE - 1) / TILE * TILE; }
 };
 
 using Matrix = std::vector<bf16>;
-
-// All A [R, D], zeros after the last rank.
-Matrix all_a(const Group& group) {
-    Matrix out(group.ranks() * group.dim, 0);
-    bf16* to = out.data();
-    for (index_t n = 0; n < group.count; ++n)
-        for (index_t i = 0; i < group.layers[n].rank * group.dim; ++i) *to++ = to_bf16(group.layers[n].a[i]);
-    return out;
-}
-
-// scale * B [O, R] of one layer, zeros at the others' ranks.
-Matrix scaled_b(const Layer& layer, index_t first, index_t ranks) {
-    Matrix out(layer.outputs * ranks, 0);
-    for (index_t o = 0; o < layer.outputs; ++o)
-        for (index_t r = 0; r < layer.rank; ++r)
-            out[o * ranks + first + r] = to_bf16(layer.scale * layer.b[o * layer.rank + r]);
-    return out;
-}
-
-// Panels of a matrix [rows, columns], by tiles of 32 rows and then of 32 columns.
-Matrix packed(const Matrix& matrix, index_t rows, index_t columns) {
-    Matrix out(rows * columns);
-    for (index_t row = 0; row < rows; row += TILE)
-        for (index_t column = 0; column < columns; column += TILE)
-            pack_straight(matrix.data() + row * columns + column, columns,
-                          out.data() + row * columns + column * TILE);
-    return out;
-}
-
-// The same of its transpose, [columns, rows].
-Matrix packed_transpose(const Matrix& matrix, index_t rows, index_t columns) {
-    Matrix out(rows * columns);
-    for (index_t row = 0; row < rows; row += TILE)
-        for (index_t column = 0; column < columns; column += TILE)
-            pack_transposed(matrix.data() + row * columns + column, columns,
-                            out.data() + column * rows + row * TILE);
-    return out;
-}
-
-// out [32, R] += v [32, N] times panels [N, R] for a tile of tokens; fp32. Ranks from `used` on stay as they are.
-void reduce_tile(const bf16* v, index_t width, const Matrix& panels, index_t ranks, index_t used, float* out,
-                 bool accumulate) {
-    for (index_t rank = 0; rank < used; rank += TILE) {
-        auto panel = [&](index_t k) { return panels.data() + k * TILE * ranks + rank * TILE; };
-        if (used - rank <= 16)
-            multiply<false, true>(v, width, width / TILE, panel, out + rank, ranks, accumulate);
-        else
-            multiply(v, width, width / TILE, panel, out + rank, ranks, accumulate);
-    }
-}
 
 void round_rows(const float* values, bf16* out, index_t count) {
     for (index_t i = 0; i < count; i += 16) store_bf16(out + i, _mm512_loadu_ps(values + i));
 }
 
-// y [32, N] += u [32, R] times panels [R, N] for a tile of tokens.
-void expand_tile(const bf16* u, index_t ranks, const Matrix& panels, index_t width, bf16* y) {
-    alignas(64) float sums[PANEL];
-    for (index_t column = 0; column < width; column += TILE) {
-        multiply(u, ranks, ranks / TILE,
-                 [&](index_t k) { return panels.data() + k * TILE * width + column * TILE; }, sums, TILE, false);
-        for (index_t i = 0; i < TILE; ++i)
-            for (index_t j = 0; j < TILE; j += 16) {
-                bf16* at = y + i * width + column + j;
-                store_bf16(at, _mm512_add_ps(load_bf16(at), _mm512_loadu_ps(sums + i * TILE + j)));
-            }
+// All A [R, D], zeros after the last rank.
+Matrix all_a(const Group& group) {
+    Matrix out(group.ranks() * group.dim, 0);
+    bf16* to = out.data();
+    for (index_t n = 0; n < group.count; to += group.layers[n++].rank * group.dim)
+        round_rows(group.layers[n].a, to, group.layers[n].rank * group.dim);
+    return out;
+}
+
+// Where element [depth, column] of a panel lies, for the depth and the columns of one tile.
+index_t in_panel(index_t depth, index_t column) {
+    return column / 16 * (PANEL / 2) + depth / 2 * TILE + column % 16 * 2 + depth % 2;
+}
+
+// A panel of (scale * B)^T: 32 outputs of a layer, the 32 ranks from `from` on, of which the layer's begin at `first`.
+void pack_b_transposed(const Layer& layer, index_t first, index_t output, index_t from, bf16* panel) {
+    std::fill(panel, panel + PANEL, bf16(0));
+    for (index_t r = std::max(first, from); r < std::min(first + layer.rank, from + TILE); ++r)
+        for (index_t o = 0; o < TILE; ++o)
+            panel[in_panel(r - from, o)] = to_bf16(layer.scale * layer.b[(output + o) * layer.rank + r - first]);
+}
+
+// Panels of scale * B: 32 outputs of a layer by all ranks.
+void pack_b(const Layer& layer, index_t first, index_t output, index_t ranks, bf16* panels) {
+    std::fill(panels, panels + TILE * ranks, bf16(0));
+    for (index_t o = 0; o < TILE; ++o)
+        for (index_t r = first; r < first + layer.rank; ++r)
+            panels[r / TILE * PANEL + in_panel(o, r % TILE)] =
+                to_bf16(layer.scale * layer.b[(output + o) * layer.rank + r - first]);
+}
+
+// out [32, R] (fp32) = or += v [32, N] times panels [N, R] for a tile of tokens, as far as there are ranks.
+void reduce_tile(const bf16* v, index_t width, const bf16* panels, index_t ranks, index_t used, float* out,
+                 bool accumulate) {
+    for (index_t rank = 0; rank < used; rank += TILE) {
+        auto panel = [&](index_t k) { return panels + k * TILE * ranks + rank * TILE; };
+        if (used - rank <= 16)
+            multiply<false, true>(v, width, width / TILE, panel, out + rank, ranks, accumulate);
+        else
+            multiply(v, width, width / TILE, panel, out + rank, ranks, accumulate);
     }
 }
 
@@ -121,71 +102,129 @@ void transpose_tile(const bf16* u, index_t ranks, bf16* out) {
         for (index_t rank = 0; rank < ranks; ++rank) out[rank * TILE + token] = u[token * ranks + rank];
 }
 
+void store_tile(const float* sums, const bf16* bias, bf16* y, index_t stride) {
+    __m512 left = bias ? load_bf16(bias) : _mm512_setzero_ps(), right = bias ? load_bf16(bias + 16) : left;
+    for (index_t i = 0; i < TILE; ++i, sums += TILE, y += stride) {
+        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_add_ps(_mm512_loadu_ps(sums + 16), right),
+                                            _mm512_add_ps(_mm512_loadu_ps(sums), left));
+        _mm512_storeu_si512(y, (__m512i)both);
+    }
+}
+
+// This thread's share of `count` panels.
+struct Share {
+    index_t first, last;
+};
+Share share(index_t count) {
+    index_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    return {count * thread / threads, count * (thread + 1) / threads};
+}
+
 // Tokens are summed in this many parts, and the parts in order: so the result does not depend on threads.
 constexpr index_t PARTS = 8;
+
+// da and db from the sums of the parts: dA^T and then every layer's dB^T, [rows, width] one after the other.
+void add_parts(const Group& group, const float* sums, index_t parts, index_t rows, index_t width) {
+    index_t offset = rows * group.dim;
+    for (index_t n = 0; n < group.count; offset += rows * group.layers[n++].outputs) {
+        const Layer& layer = group.layers[n];
+        for (index_t r = 0; r < layer.rank; ++r) {
+            float* da = layer.da + r * group.dim;
+            std::fill(da, da + group.dim, 0.0f);
+            for (index_t part = 0; part < parts; ++part) {
+                const float* from = sums + part * rows * width + (group.first_rank(n) + r) * group.dim;
+                for (index_t d = 0; d < group.dim; ++d) da[d] += from[d];
+            }
+            for (index_t o = 0; o < layer.outputs; ++o) {
+                float sum = 0.0f;
+                for (index_t part = 0; part < parts; ++part)
+                    sum += sums[part * rows * width + offset + (group.first_rank(n) + r) * layer.outputs + o];
+                layer.db[o * layer.rank + r] = layer.scale * sum;
+            }
+        }
+    }
+}
 
 }  // namespace
 
 extern "C" {
 
-// Adds to every layer's y; xa [T, R] is kept for the backward pass.
+// Every layer's y; xa [T, R] is kept for the backward pass.
 void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, index_t tokens, index_t dim,
                   int threads) {
     Group group{layers, count, tokens, dim};
-    index_t ranks = group.ranks(), used = 0;
-    Matrix down = packed_transpose(all_a(group), ranks, dim);
-    std::vector<Matrix> up;
-    for (index_t n = 0; n < count; used += layers[n++].rank)
-        up.push_back(packed_transpose(scaled_b(layers[n], used, ranks), layers[n].outputs, ranks));
+    index_t ranks = group.ranks(), used = group.used(), panels = 0;
+    Matrix a = all_a(group), down(ranks * dim);
+    for (index_t n = 0; n < count; ++n) panels += layers[n].outputs / TILE;
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
         std::vector<float> sums(TILE * ranks);
 #pragma omp for schedule(static)
+        for (index_t column = 0; column < dim; column += TILE)
+            for (index_t rank = 0; rank < ranks; rank += TILE)
+                pack_transposed(a.data() + rank * dim + column, dim, down.data() + column * ranks + rank * TILE);
+#pragma omp for schedule(static)
         for (index_t token = 0; token < tokens; token += TILE) {
-            reduce_tile(x + token * dim, dim, down, ranks, used, sums.data(), false);
+            reduce_tile(x + token * dim, dim, down.data(), ranks, used, sums.data(), false);
             round_rows(sums.data(), xa + token * ranks, TILE * ranks);
-            for (index_t n = 0; n < count; ++n)
-                expand_tile(xa + token * ranks, ranks, up[n], layers[n].outputs,
-                            layers[n].y + token * layers[n].outputs);
+        }
+        auto [first, last] = share(panels);
+        for (index_t n = 0; n < count; first -= layers[n].outputs / TILE, last -= layers[n++].outputs / TILE) {
+            const Layer& layer = layers[n];
+            index_t rank = group.first_rank(n);
+            auto pack = [&](index_t panel, index_t operand, index_t step, bf16* to) {
+                if (operand == 0) return pack_transposed(layer.w + panel * TILE * dim + step * TILE, dim, to);
+                pack_b_transposed(layer, rank, panel * TILE, step * TILE, to);
+            };
+            auto store = [&](index_t panel, index_t token, const float* tile) {
+                store_tile(tile, layer.bias ? layer.bias + panel * TILE : nullptr,
+                           layer.y + token * layer.outputs + panel * TILE, layer.outputs);
+            };
+            product({{x, dim, dim}, {xa, ranks, ranks}}, tokens, std::max<index_t>(first, 0),
+                    std::min(last, layer.outputs / TILE), pack, store);
         }
         _tile_release();
     }
 }
 
-// From every layer's dy: da and db, and what it adds to dx [T, D] (which may be null).
+// From every layer's dy: da, db and dx [T, D] (which may be null).
 void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx, index_t count, index_t tokens,
                    index_t dim, int threads) {
     Group group{layers, count, tokens, dim};
-    index_t ranks = group.ranks(), used = 0, width = dim;
+    index_t ranks = group.ranks(), used = group.used(), width = dim;
     std::vector<Matrix> down;
-    for (index_t n = 0; n < count; used += layers[n].rank, width += layers[n++].outputs)
-        down.push_back(packed(scaled_b(layers[n], used, ranks), layers[n].outputs, ranks));
-    Matrix up = packed(all_a(group), ranks, dim);
+    for (index_t n = 0; n < count; width += layers[n++].outputs) down.emplace_back(layers[n].outputs * ranks);
+    Matrix up = all_a(group), dxa(tokens * ranks);
     index_t part_tiles = (tokens / TILE + PARTS - 1) / PARTS, parts = (tokens / TILE + part_tiles - 1) / part_tiles;
-    // Each part's dA^T and then every layer's dB^T, [rows, width] one after the other. Kept from call to call: fresh
-    // memory costs its page faults, as long as the sums themselves.
+    // Kept from call to call: fresh memory costs its page faults, as long as the sums themselves.
     static thread_local std::vector<float> kept;
     index_t rows = (used + 15) / 16 * 16;
     if (static_cast<index_t>(kept.size()) < parts * rows * width) kept.resize(parts * rows * width);
     float* sums = kept.data();
+    std::vector<Operand> operands;
+    for (index_t n = 0; n < count; ++n) operands.push_back({layers[n].y, layers[n].outputs, layers[n].outputs});
+    operands.push_back({dxa.data(), ranks, ranks});
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
         std::vector<float> dxa_sums(TILE * ranks);
-        Matrix dxa(TILE * ranks), xa_t(TILE * ranks), dxa_t(TILE * ranks);
+        Matrix xa_t(TILE * ranks), dxa_t(TILE * ranks);
+        for (index_t n = 0; n < count; ++n)
+#pragma omp for schedule(static)
+            for (index_t output = 0; output < layers[n].outputs; output += TILE)
+                pack_b(layers[n], group.first_rank(n), output, ranks, down[n].data() + output * ranks);
 #pragma omp for schedule(static)
         for (index_t part = 0; part < parts; ++part) {
             std::fill(sums + part * rows * width, sums + (part + 1) * rows * width, 0.0f);
             for (index_t tile = part * part_tiles; tile < (part + 1) * part_tiles && tile < tokens / TILE; ++tile) {
                 index_t token = tile * TILE;
                 for (index_t n = 0; n < count; ++n)
-                    reduce_tile(layers[n].y + token * layers[n].outputs, layers[n].outputs, down[n], ranks, used,
-                                dxa_sums.data(), n > 0);
-                round_rows(dxa_sums.data(), dxa.data(), TILE * ranks);
-                if (dx) expand_tile(dxa.data(), ranks, up, dim, dx + token * dim);
+                    reduce_tile(layers[n].y + token * layers[n].outputs, layers[n].outputs, down[n].data(), ranks,
+                                used, dxa_sums.data(), n > 0);
+                round_rows(dxa_sums.data(), dxa.data() + token * ranks, TILE * ranks);
                 transpose_tile(xa + token * ranks, ranks, xa_t.data());
-                transpose_tile(dxa.data(), ranks, dxa_t.data());
+                transpose_tile(dxa.data() + token * ranks, ranks, dxa_t.data());
                 float* to = sums + part * rows * width;
                 outer_tile(dxa_t.data(), used, x + token * dim, dim, to);
                 to += rows * dim;
@@ -193,26 +232,20 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
                     outer_tile(xa_t.data(), used, layers[n].y + token * layers[n].outputs, layers[n].outputs, to);
             }
         }
+        if (dx) {
+            auto [first, last] = share(dim / TILE);
+            auto pack = [&](index_t panel, index_t operand, index_t step, bf16* to) {
+                const bf16* from = operand < count ? layers[operand].w : up.data();
+                pack_straight(from + step * TILE * dim + panel * TILE, dim, to);
+            };
+            auto store = [&](index_t panel, index_t token, const float* tile) {
+                store_tile(tile, nullptr, dx + token * dim + panel * TILE, dim);
+            };
+            product(operands, tokens, first, last, pack, store);
+        }
         _tile_release();
     }
-    index_t first = 0, offset = rows * dim;
-    for (index_t n = 0; n < count; first += layers[n].rank, offset += rows * layers[n++].outputs) {
-        const Layer& layer = layers[n];
-        for (index_t r = 0; r < layer.rank; ++r) {
-            float* da = layer.da + r * dim;
-            std::fill(da, da + dim, 0.0f);
-            for (index_t part = 0; part < parts; ++part) {
-                const float* from = sums + part * rows * width + (first + r) * dim;
-                for (index_t d = 0; d < dim; ++d) da[d] += from[d];
-            }
-            for (index_t o = 0; o < layer.outputs; ++o) {
-                float sum = 0.0f;
-                for (index_t part = 0; part < parts; ++part)
-                    sum += sums[part * rows * width + offset + (first + r) * layer.outputs + o];
-                layer.db[o * layer.rank + r] = layer.scale * sum;
-            }
-        }
-    }
+    add_parts(group, sums, parts, rows, width);
 }
 }
 #endif
