@@ -9,9 +9,10 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import first_line
 
@@ -97,6 +98,19 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def damage_of(folder: Path, files: Mapping[str, Mapping[str, Any]], *, hashes: bool = True) -> str | None:
+    """Why `folder` no longer holds `files` (name to `bytes` and `sha256`) as written; None if it does."""
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+        if hashes and sha256_file(file) != expected["sha256"]:
+            return f"{name} does not match its hash"
+    return None
 
 
 @contextmanager

@@ -183,6 +183,12 @@ class HubDouble:
         assert commit is not None
         return (self.folder / commit.tree[path].sha256).read_bytes()
 
+    def files(self, name: str) -> dict[str, bytes]:
+        """A model's files by path, without the one that the Hub adds itself."""
+        commit = self.repositories["models", name].find("main")
+        assert commit is not None
+        return {path: self.content(name, path) for path in commit.tree if path != ".gitattributes"}
+
     def fail(self, pattern: str, status: int, *, times: int = 1, **headers: str) -> None:
         """Answer requests whose `METHOD /path` matches `pattern` with `status`."""
         self.faults.append(Fault(re.compile(pattern), "status", times, status, headers))

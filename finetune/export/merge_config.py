@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
 
+from finetune.export.merge_files import find_file
 from finetune.export.merge_plan import MergePlan
 from finetune.models.sources import ModelSource
 
@@ -73,7 +73,7 @@ def add_old_rope(values: dict[str, Any]) -> None:
 
 
 def _generation_values(source: ModelSource, config: dict[str, Any], stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    path = _find(source, _GENERATION)
+    path = find_file(source, _GENERATION)
     values: dict[str, Any] = {} if path is None else json.loads(path.read_text())
     values.pop("_from_model_config", None)
     stops = list(dict.fromkeys(stop_token_ids))
@@ -98,22 +98,10 @@ def _copy_code(folder: Path, config: dict[str, Any], source: ModelSource) -> Non
     """The Python files of a model that brings its own."""
     modules = {str(name).rpartition("--")[2].split(".")[0] for name in (config.get("auto_map") or {}).values()}
     for module in sorted(modules):
-        path = _find(source, f"{module}.py")
+        path = find_file(source, f"{module}.py")
         if path is not None:
             for file in path.parent.glob("*.py"):
                 shutil.copy(file, folder / file.name)
-
-
-def _find(source: ModelSource, name: str) -> Path | None:
-    found = cached_file(
-        source.location,
-        name,
-        revision=source.revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

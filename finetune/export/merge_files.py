@@ -55,6 +55,19 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def find_file(source: ModelSource, name: str) -> Path | None:
+    """One file of a base model, from its folder or the Hub; None if it has no such file."""
+    found = cached_file(
+        source.location,
+        name,
+        revision=source.revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
 class BaseFiles:
     """The weights of a model on disk; `tensors` tells what there is, `read` loads one."""
 
@@ -85,27 +98,16 @@ class BaseFiles:
 
     def _shards(self) -> list[Path]:
         for single in (_WEIGHTS, _OLD_WEIGHTS):
-            index = self._find(f"{single}.index.json")
+            index = find_file(self._source, f"{single}.index.json")
             if index is not None:
                 names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
                 return [self._require(name) for name in names]
-            if (path := self._find(single)) is not None:
+            if (path := find_file(self._source, single)) is not None:
                 return [path]
         raise ModelError(f"model.name: {self._source.name} holds neither {_WEIGHTS} nor {_OLD_WEIGHTS}")
 
-    def _find(self, name: str) -> Path | None:
-        found = cached_file(
-            self._source.location,
-            name,
-            revision=self._source.revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return None if found is None else Path(found)
-
     def _require(self, name: str) -> Path:
-        path = self._find(name)
+        path = find_file(self._source, name)
         if path is None:
             raise ModelError(f"model.name: {self._source.name}: {name} is missing; download the model again")
         return path

@@ -14,7 +14,7 @@ from finetune.data.template import ChatTemplate, load_template
 from finetune.errors import ModelError
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, attach_adapter, load_adapter, token_indices
 from finetune.models.load import fit_vocabulary, load_base, load_tokenizer
-from finetune.models.shared import quantized_source
+from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
@@ -174,7 +174,7 @@ def load_run_base(recipe: Recipe, source: ModelSource) -> Any:
     """The base model, quantized as in training, with an attention that can decode."""
     attention_name, device = placement(recipe)
     precision = recipe.training.precision
-    mapped = quantized_source(recipe.model, source, precision=precision) if device.type == "cpu" else source
+    mapped = mapped_source(recipe.model, source, precision=precision, on_cpu=device.type == "cpu")
     return load_base(
         recipe.model,
         mapped,

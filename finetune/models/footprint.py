@@ -25,10 +25,9 @@ from finetune.errors import FinetuneError, ModelError, first_line
 from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
-from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.layout import RowLayout, dense_mask
 from finetune.models.fused import fuse
-from finetune.models.heads import checkpoint_layers, decoder_of, head_logits, plain_head_weight
+from finetune.models.heads import checkpoint_layers, decoder_of, supervised_loss
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
 from finetune.recipe.schema import LoraSection, ModelSection
 
@@ -192,8 +191,6 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any]) ->
     shape = (step.rows, step.tokens)
     input_ids, position_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     positions = torch.zeros(step.supervised, dtype=torch.int64)
-    vocab_size = base.get_output_embeddings().weight.shape[0]
-    head_params = [p for p in base.get_output_embeddings().parameters() if p.requires_grad]
     grads = [p.grad for p in base.parameters() if p.grad is not None]
     live = _LiveBytes(iter([*base.parameters(), *base.buffers(), *grads]))
     mask = None
@@ -204,17 +201,9 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any]) ->
             input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
         kept, forward_peak = live.live, live.take_peak()
-        supervised = hidden.flatten(0, 1).index_select(0, positions)
-        loss = chunked_cross_entropy(
-            supervised,
-            positions,
-            lambda part: head_logits(base, part),
-            head_params,
-            vocab_size,
-            plain_head_weight(base),
-        )
+        loss = supervised_loss(base, hidden, positions, targets=positions)
         loss_peak = live.take_peak()
-        del hidden, supervised
+        del hidden
         loss.backward()
     return Footprint(kept, forward_peak, loss_peak, live.take_peak(), live.pooled_peak)
 

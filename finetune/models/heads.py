@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from finetune.errors import ModelError
+from finetune.kernels.cross_entropy import chunked_cross_entropy
 
 
 def decoder_of(causal_lm: Any) -> torch.nn.Module:
@@ -72,6 +73,24 @@ def plain_head_weight(causal_lm: Any) -> torch.Tensor | None:
     if changed or type(head) is not torch.nn.Linear:
         return None
     return head.weight if getattr(head, "bias", None) is None and not head.weight.requires_grad else None
+
+
+def supervised_loss(
+    causal_lm: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Summed cross-entropy (fp32 scalar) at `positions` [N] of hidden states [B, T, D] seen as [B * T, D].
+
+    `targets` [N] are token ids. The head's trained parameters get their gradient too.
+    """
+    head: torch.nn.Module = causal_lm.get_output_embeddings()
+    return chunked_cross_entropy(
+        hidden.flatten(0, 1).index_select(0, positions),
+        targets,
+        lambda part: head_logits(causal_lm, part),
+        [parameter for parameter in head.parameters() if parameter.requires_grad],
+        head.weight.shape[0],  # type: ignore[arg-type,index]
+        plain_head_weight(causal_lm),
+    )
 
 
 @torch.no_grad()

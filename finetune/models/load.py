@@ -82,6 +82,12 @@ def base_dtype(model: ModelSection, precision: str) -> torch.dtype:
     return DTYPES[PRECISION_DTYPES[precision] if model.dtype == "auto" else model.dtype]
 
 
+def stored_as(model: ModelSection, precision: str) -> str:
+    """How the base's weights are kept, for a reader: `nf4`, `bfloat16`."""
+    dtype = str(base_dtype(model, precision)).removeprefix("torch.")
+    return dtype if model.quantization == "none" else model.quantization
+
+
 def quantization_config(model: ModelSection, *, shardable: bool) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings; `shardable` stores 4-bit weights as bf16 words, which FSDP can split."""
     if model.quantization == "int8":
@@ -105,6 +111,7 @@ def load_base(
     attention_name: str,
     device: torch.device | str = "cpu",
     shardable: bool = False,
+    announce: bool = True,
 ) -> torch.nn.Module:
     """The base model on `device`, frozen, in training mode, its key-value cache off.
 
@@ -113,15 +120,14 @@ def load_base(
     """
     attention.register()
     use_plain_linears()
-    dtype = base_dtype(model, precision)
-    kept = str(dtype).removeprefix("torch.") if model.quantization == "none" else model.quantization
-    say(f"loading {source.name} ({kept})")
+    if announce:
+        say(f"loading {source.name} ({stored_as(model, precision)})")
     try:
         with library_bars():
             base = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 revision=source.revision,
-                dtype=dtype,
+                dtype=base_dtype(model, precision),
                 quantization_config=quantization_config(model, shardable=shardable),
                 attn_implementation=attention_name,
                 device_map={"": device},

@@ -18,9 +18,23 @@ from finetune.console import say, warn
 from finetune.errors import FinetuneError, ModelError
 from finetune.files import cache_dir, locked, new_directory
 from finetune.machine import release_freed_memory
-from finetune.models.load import base_dtype, load_base, load_config, quantization_config
+from finetune.models.load import base_dtype, load_base, load_config, quantization_config, stored_as
 from finetune.models.sources import CONVERSION_VERSION, ModelSource, snapshot_folder
 from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
+
+
+def mapped_source(
+    model: ModelSection, source: ModelSource, *, precision: str, on_cpu: bool, sharded: bool = False
+) -> ModelSource:
+    """Where to load the base from, for training and inference alike: `source` itself if it is to be read from there.
+
+    Raises:
+        FinetuneError: if the base is to be sharded and the cache cannot be written.
+        ModelError: if the base cannot be loaded.
+    """
+    if sharded:
+        return shared_source(model, source, precision=precision)
+    return quantized_source(model, source, precision=precision) if on_cpu else source
 
 
 def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -> ModelSource:
@@ -68,9 +82,8 @@ def quantized_source(model: ModelSection, source: ModelSource, *, precision: str
 
 
 def _convert(model: ModelSection, source: ModelSource, precision: str, folder: Path) -> None:
-    what = model.quantization if model.quantization != "none" else str(base_dtype(model, precision))
-    say(f"converting {source.name} to {what} in {folder}, once")
-    base: Any = load_base(model, source, precision=precision, attention_name="sdpa", shardable=True)
+    say(f"converting {source.name} to {stored_as(model, precision)}, once; later starts load it from {folder}")
+    base: Any = load_base(model, source, precision=precision, attention_name="sdpa", shardable=True, announce=False)
     # transformers writes on global rank 0 alone; here it is whoever came first on this machine.
     base.should_save_on_this_rank = lambda is_main_process: is_main_process
     with new_directory(folder) as temporary:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import BadInputError
-from finetune.files import sha256_file
+from finetune.files import damage_of
 from finetune.recipe.lines import YamlError, parse_yaml
 from finetune.run_dir import RunDir
 
@@ -189,7 +189,7 @@ def _checkpoint(path: Path, step: int, hashes: bool) -> StoredCheckpoint:
         folder_bytes(path),
         progress.get("loss"),
         progress.get("validation_loss") if validated else None,
-        damage or _damage(path, manifest, hashes),
+        damage or damage_of(path, manifest.get("files", {}), hashes=hashes),
     )
 
 
@@ -202,18 +202,6 @@ def _manifest(path: Path) -> tuple[dict[str, Any], str | None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, "its manifest.json cannot be read"
     return manifest, None
-
-
-def _damage(path: Path, manifest: dict[str, Any], hashes: bool) -> str | None:
-    for name, expected in manifest.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-        if hashes and sha256_file(file) != expected["sha256"]:
-            return f"{name} does not match its hash"
-    return None
 
 
 def folder_bytes(folder: Path) -> int:

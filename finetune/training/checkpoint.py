@@ -29,7 +29,7 @@ from peft import PeftModel
 
 from finetune.console import warn
 from finetune.errors import BadInputError, FinetuneError, ModelError
-from finetune.files import new_directory, sha256_file, write_atomic, write_failure
+from finetune.files import damage_of, new_directory, sha256_file, write_atomic, write_failure
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_weights
 from finetune.training.snapshot import Snapshot
 
@@ -150,15 +150,7 @@ def damage(path: Path) -> str | None:
         return "its manifest.json cannot be read"
     if manifest.get("sha256", _digest(manifest)) != _digest(manifest):
         return "its manifest.json does not match its own hash"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if sha256_file(file) != expected["sha256"]:
-            return f"{name} does not match its hash"
-    return None
+    return damage_of(path, files)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -18,22 +18,14 @@ from finetune.errors import FinetuneError
 from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
-from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.offload import offloaded
 from finetune.machine import release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
-from finetune.models.heads import (
-    check_head,
-    checkpoint_layers,
-    decoder_layers,
-    decoder_of,
-    head_logits,
-    plain_head_weight,
-)
+from finetune.models.heads import check_head, checkpoint_layers, decoder_layers, decoder_of, supervised_loss
 from finetune.models.load import fit_vocabulary, load_base
-from finetune.models.shared import quantized_source, shared_source
+from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
@@ -49,9 +41,7 @@ class LossModel(torch.nn.Module):
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
-        causal_lm = model.get_base_model()
-        self.attention: str = causal_lm.config._attn_implementation
-        self.vocab_size: int = causal_lm.get_output_embeddings().weight.shape[0]
+        self.attention: str = model.get_base_model().config._attn_implementation
 
     def forward(self, micro: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy (fp32 scalar) over the micro-batch's supervised tokens."""
@@ -62,16 +52,7 @@ class LossModel(torch.nn.Module):
         hidden = decoder_of(causal_lm)(
             input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        supervised = hidden.flatten(0, 1).index_select(0, micro.loss_positions)
-        head_params = [p for p in causal_lm.get_output_embeddings().parameters() if p.requires_grad]
-        return chunked_cross_entropy(
-            supervised,
-            micro.targets,
-            lambda part: head_logits(causal_lm, part),
-            head_params,
-            self.vocab_size,
-            plain_head_weight(causal_lm),
-        )
+        return supervised_loss(causal_lm, hidden, micro.loss_positions, micro.targets)
 
 
 @dataclass
@@ -113,19 +94,23 @@ class FinetuneModule(L.LightningModule):
         """Load, quantize, adapt and (for FSDP) shard. Called by Lightning in every process."""
         if hasattr(self, "loss_model"):
             return
-        recipe, device, source = self.recipe, self.trainer.strategy.root_device, self.source
+        recipe, device, sharded = self.recipe, self.trainer.strategy.root_device, self.placement.sharded
         training = recipe.training
-        if self.placement.sharded or device.type == "cpu":
-            find = shared_source if self.placement.sharded else quantized_source
-            with in_turn():
-                source = find(recipe.model, source, precision=training.precision)
+        with in_turn():
+            source = mapped_source(
+                recipe.model,
+                self.source,
+                precision=training.precision,
+                on_cpu=device.type == "cpu",
+                sharded=sharded,
+            )
         base = load_base(
             recipe.model,
             source,
             precision=training.precision,
             attention_name=self.attention,
-            device="cpu" if self.placement.sharded else device,
-            shardable=self.placement.sharded or source is not self.source,
+            device="cpu" if sharded else device,
+            shardable=sharded or source is not self.source,
         )
         fit_vocabulary(base, self.tokenizer, seed=training.seed)
         check_head(base, self.source.name)
@@ -138,7 +123,7 @@ class FinetuneModule(L.LightningModule):
         if on_cpu and (reason := native.why_missing()) is not None:
             say(f"no native kernels, torch's instead: {reason}")
         self.loss_model = LossModel(model)
-        if self.placement.sharded:
+        if sharded:
             layers = list(decoder_layers(model))
             mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
             shard_base(self.loss_model, layers, mesh, cpu_offload=self.placement.cpu_offload)

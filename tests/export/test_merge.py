@@ -91,6 +91,14 @@ def build(folder: Path, architecture: str = "llama", *, quantization: str = "non
     return Case(model, Merge(recipe, source, folder / "adapter", tokenizer, (2,), base, "auto"), folder)
 
 
+def add_own_head(base: Path) -> None:
+    """Give a base that says that its embeddings are tied weights of the head's own."""
+    path = base / "model.safetensors"
+    state = load_file(path)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] * 0.5 + 0.01
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def attach(recipe: Recipe, source: Any, tokenizer: Any) -> Any:
     """As a run does before it trains."""
     base: Any = load_base(recipe.model, source, precision="32-true", attention_name="sdpa")
@@ -191,10 +199,7 @@ def test_fm08_tied_embeddings_that_come_out_equal_stay_tied(tmp_path: Path) -> N
 
 def test_fm08_a_base_that_says_tied_and_is_not(tmp_path: Path) -> None:
     case = build(tmp_path, "tied_llama")
-    base = tmp_path / "base" / "model.safetensors"
-    state = load_file(base)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"] * 0.5 + 0.01
-    save_file(state, base, metadata={"format": "pt"})
+    add_own_head(tmp_path / "base")
     case.model = attach(case.merge.recipe, case.merge.source, case.merge.tokenizer)
     load_adapter(case.model, tmp_path / "adapter")
     assert case.check().config.tie_word_embeddings is False

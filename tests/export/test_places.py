@@ -86,7 +86,7 @@ def test_a_model_merged_elsewhere_is_pushed_and_exported_by_its_own_name(
         path.name for path in out.iterdir()
     }
     assert main(["push", str(out), REPO]) == 0
-    pushed = files_of(hub)
+    pushed = hub.files(REPO)
     assert pushed["model.safetensors"] == (out / "model.safetensors").read_bytes()
     card = pushed["README.md"].decode()
     assert "library_name: transformers" in card and "## Results" in card and "token_f1" in card
@@ -105,8 +105,8 @@ def test_a_model_merged_elsewhere_is_pushed_and_exported_by_its_own_name(
     # Its run is gone: the card says less.
     shutil.rmtree(run)
     assert main(["push", str(out), "acme/again"]) == 0
-    assert "## Results" not in files_of(hub, "acme/again")["README.md"].decode()
-    assert b"## Recipe" in files_of(hub, "acme/again")["README.md"]
+    assert "## Results" not in hub.files("acme/again")["README.md"].decode()
+    assert b"## Recipe" in hub.files("acme/again")["README.md"]
 
 
 def test_a_stale_merged_model_is_pointed_out(run: Path, hub: HubDouble, capsys: Capture) -> None:
@@ -117,12 +117,6 @@ def test_a_stale_merged_model_is_pointed_out(run: Path, hub: HubDouble, capsys: 
     for verb in (["evaluate", str(run), "--rows", "1"], ["push", str(run), REPO, "--merged", "--dry-run"]):
         assert main(verb) == 0
         assert "was merged from another adapter than" in " ".join(capsys.readouterr().err.split())
-
-
-def files_of(double: HubDouble, name: str = REPO) -> dict[str, bytes]:
-    commit = double.repositories["models", name].find("main")
-    assert commit is not None
-    return {path: double.content(name, path) for path in commit.tree if path != ".gitattributes"}
 
 
 def finetune(environment: dict[str, str], folder: Path, *arguments: str, stdin: str = "") -> Any:
@@ -174,11 +168,11 @@ def test_every_verb_takes_a_repository_in_a_fresh_process(
     assert "--enable-lora" in finetune(environment, here, "export", address, "--to", "vllm").stdout
     copied = finetune(environment, here, "push", address, "acme/copy")
     assert copied.returncode == 0, copied.stderr
-    mine, theirs = files_of(hub), files_of(hub, "acme/copy")
+    mine, theirs = hub.files(REPO), hub.files("acme/copy")
     # A repository holds no numbers of the run but those in its card.
     assert {name for name in mine if mine[name] != theirs.get(name)} == {"README.md", "loss.svg"}
     published = finetune(environment, here, "push", "tickets-merged", "acme/whole")
-    assert published.returncode == 0 and "model.safetensors" in files_of(hub, "acme/whole"), published.stderr
+    assert published.returncode == 0 and "model.safetensors" in hub.files("acme/whole"), published.stderr
     again = finetune(environment, here, "run", address)
     assert again.returncode == 0 and f"base and data are those of {address}" in again.stderr, again.stderr
     name = "adapter/adapter_model.safetensors"

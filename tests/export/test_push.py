@@ -50,12 +50,6 @@ def run(finished: tuple[Path, Any]) -> Path:
     return finished[0]
 
 
-def files_of(double: HubDouble, name: str = REPO) -> dict[str, bytes]:
-    commit = double.repositories["models", name].find("main")
-    assert commit is not None
-    return {path: double.content(name, path) for path in commit.tree if path != ".gitattributes"}
-
-
 def num_commits(double: HubDouble, name: str = REPO) -> int:
     """Commits of clients: the Hub makes the first itself."""
     return len(double.repositories["models", name].commits) - 1
@@ -71,7 +65,7 @@ def test_a_push_is_one_private_commit_of_everything(hub: HubDouble, run: Path, c
     assert hub.repositories["models", REPO].private
     assert num_commits(hub) == 1 == len(hub.sent(f"POST /api/models/{REPO}/commit/"))
     assert hub.repositories["models", REPO].commits[-1].title == "Hello"
-    pushed = files_of(hub)
+    pushed = hub.files(REPO)
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(pushed)
     assert {"recipe.yaml", "fingerprints.json", "README.md", "loss.svg"} <= set(pushed)
     for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"):
@@ -91,7 +85,7 @@ def test_fm30_no_canary_is_in_a_request_a_file_or_an_output(hub: HubDouble, run:
     assert main(["push", str(run), REPO]) == 0
     out, err = capsys.readouterr()
     sent = [f"{one.path} {one.headers} {one.body.decode(errors='replace')}" for one in hub.requests]
-    files = [content.decode(errors="replace") for content in files_of(hub).values()]
+    files = [content.decode(errors="replace") for content in hub.files(REPO).values()]
     for canary in CANARIES:
         assert not any(canary in text for text in [*sent, *files, out, err]), canary
     assert SIGNATURE not in out + err
@@ -166,14 +160,14 @@ def test_other_content_needs_overwrite(hub: HubDouble, run: Path, capsys: Captur
     assert num_commits(hub) == 1
     assert main(["push", str(run), REPO, "--overwrite"]) == 0
     assert num_commits(hub) == 2
-    assert "old.txt" not in files_of(hub)
-    assert files_of(hub)["adapter_model.safetensors"] == (run / "adapter/adapter_model.safetensors").read_bytes()
+    assert "old.txt" not in hub.files(REPO)
+    assert hub.files(REPO)["adapter_model.safetensors"] == (run / "adapter/adapter_model.safetensors").read_bytes()
 
 
 def test_an_empty_repository_needs_no_flag(hub: HubDouble) -> None:
     hub.add_repository(REPO, {}, private=True)
     assert push(FILES, REPO).changed
-    assert files_of(hub) == FILES
+    assert hub.files(REPO) == FILES
 
 
 def test_public_only_when_asked(hub: HubDouble) -> None:
@@ -212,7 +206,7 @@ def test_what_passes_is_tried_again_and_ends_in_one_commit(hub: HubDouble, step:
     FAULTS[fault](hub, step)
     push({**FILES, "README.md": b"---\ntags: [x]\n---\n"}, REPO)
     assert all(one.times == 0 for one in hub.faults), "the fault did not happen"
-    assert files_of(hub).keys() == {*FILES, "README.md"}
+    assert hub.files(REPO).keys() == {*FILES, "README.md"}
     assert num_commits(hub) == 1
     assert hub.repositories["models", REPO].private
 
@@ -256,7 +250,7 @@ def test_a_commit_by_someone_else_meanwhile_is_not_overwritten(hub: HubDouble, m
     monkeypatch.setattr(repository, "find", find_late)
     with pytest.raises(FinetuneError, match=r"412: .* was changed while this push was under way"):
         push(FILES, REPO)
-    assert files_of(hub) == {"theirs.txt": b"x"}
+    assert hub.files(REPO) == {"theirs.txt": b"x"}
 
 
 def test_a_server_that_stays_down_is_given_up_with_the_next_command(hub: HubDouble, run: Path) -> None:
@@ -288,8 +282,8 @@ def test_a_local_base_is_warned_about_and_named_without_its_path(
     run, _ = build_run(tmp_path, base, name=str(base))
     assert main(["push", str(run), REPO]) == 0
     assert "warning: the base model is a local directory" in capsys.readouterr().err
-    assert json.loads(files_of(hub)["adapter_config.json"])["base_model_name_or_path"] == f"./{base.name}"
-    assert not any(str(base).encode() in content for content in files_of(hub).values())
+    assert json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"] == f"./{base.name}"
+    assert not any(str(base).encode() in content for content in hub.files(REPO).values())
 
 
 @pytest.mark.parametrize(
@@ -324,13 +318,13 @@ def test_the_merged_model_and_a_gguf_file_are_pushed_alone(
     (run / "merged" / "UNUSABLE.md").unlink()
     (run / "merged" / "merge.json").write_text(json.dumps({"usable": True, "base_model": {"name": "/home/me/base"}}))
     assert main(["push", str(run), "acme/merged", "--merged"]) == 0
-    record = json.loads(files_of(hub, "acme/merged")["merge.json"])
+    record = json.loads(hub.files("acme/merged")["merge.json"])
     assert record == {"usable": True, "base_model": {"name": "acme/base", "revision": "0" * 40}}
-    assert "adapter_config.json" not in files_of(hub, "acme/merged")
-    assert files_of(hub, "acme/merged")["model.safetensors"] == (base / "model.safetensors").read_bytes()
+    assert "adapter_config.json" not in hub.files("acme/merged")
+    assert hub.files("acme/merged")["model.safetensors"] == (base / "model.safetensors").read_bytes()
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     assert main(["push", str(run), "acme/gguf", "--gguf", str(tmp_path / "x.gguf")]) == 0
-    assert {"x.gguf", "README.md", "recipe.yaml"} <= set(files_of(hub, "acme/gguf"))
+    assert {"x.gguf", "README.md", "recipe.yaml"} <= set(hub.files("acme/gguf"))
 
 
 def test_a_place_without_an_adapter_is_named(hub: HubDouble, tmp_path: Path, capsys: Capture) -> None:
@@ -368,7 +362,7 @@ def test_a_run_publishes_only_where_its_recipe_says_so(hub: HubDouble, run: Path
 
 def test_a_pushed_recipe_holds_no_path_of_this_machine(hub: HubDouble, run: Path, tmp_path: Path) -> None:
     push_run(run, REPO)
-    recipe = yaml.safe_load(files_of(hub)["recipe.yaml"])
+    recipe = yaml.safe_load(hub.files(REPO)["recipe.yaml"])
     assert [source["path"] for source in recipe["data"]["sources"]] == ["./train.jsonl", "acme/rows"]
     assert recipe["output_dir"] == "runs"
     assert (recipe["model"]["name"], recipe["model"]["revision"]) == ("acme/base", "0" * 40)
@@ -448,7 +442,7 @@ def test_a_run_made_again_from_the_hub_gives_the_same_bytes(
     assert main(["run", str(recipe)]) == 0
     first = tmp_path / "runs" / "tiny"
     push_run(first, REPO)
-    assert b"pytest" not in files_of(hub)["recipe.yaml"]
+    assert b"pytest" not in hub.files(REPO)["recipe.yaml"]
     monkeypatch.chdir(here)
     found = load_provenance(f"hf://{REPO}", endpoint=hub.url)
     again = load_recipe(found.recipe, found.overrides)

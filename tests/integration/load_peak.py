@@ -82,7 +82,7 @@ def measured(self: FinetuneModule) -> None:
         results.write(json.dumps(line | {"gpu_peak": gpu_peak}) + "\n")
 
 
-module.shared_source = taking("converting", module.shared_source)
+module.mapped_source = taking("converting", module.mapped_source)
 module.load_base = taking("loading", module.load_base)
 module.move_replicated = taking("sharding", module.move_replicated)
 FinetuneModule.configure_model = measured  # type: ignore[method-assign]

@@ -10,19 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
+from tests.tiny import tiny_recipe, write_recipe
 
 TOPICS = {"data", "template", "model", "adapter", "steps", "packing", "memory", "disk", "time", "habits", "licence"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("check")
-    write_model(folder / "model", "llama")
-    write_jsonl(folder / "rows.jsonl", alpaca_rows(40))
-    return folder
 
 
 def check(folder: Path, *arguments: str, **sections: Any) -> subprocess.CompletedProcess[str]:

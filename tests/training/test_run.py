@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +91,28 @@ def test_fm02_a_model_taught_four_answers_stops_by_itself(
     after = json.loads(run.results.read_text())["after"]
     assert after["metrics"]["exact_match"] == 1.0
     assert all(sample["stopped"] for sample in after["samples"])
+
+
+def test_the_one_time_conversion_of_a_base_is_named_and_not_taken_for_a_second_load(
+    run_tiny: RunTiny,
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    sections: dict[str, Any] = {"model": {"quantization": "nf4"}, "training": {"max_steps": 1}}
+    model = model_dir("llama")
+
+    def said(name: str) -> list[str]:
+        run_tiny(name=name, **sections)
+        return [line for line in capsys.readouterr().err.splitlines() if re.match("converting|loading", line)]
+
+    first, second = said("first"), said("second")
+    (kept,) = (path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir())
+    loading = f"loading {model} (nf4)"
+    assert first == [f"converting {model} to nf4, once; later starts load it from {kept}", loading]
+    assert second == [loading]
 
 
 def test_validation_stops_early_and_keeps_the_best(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
