@@ -26,9 +26,6 @@ CACHED_BYTES = 2**20
 # Tokens of a chunk are padded to a multiple of this.
 CHUNK_STEP = 32
 
-# The unit in which `cpp/cross_entropy.cpp` cuts the vocabulary.
-NATIVE_BLOCK = 256
-
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -54,13 +51,13 @@ def chunked_cross_entropy(
     if hidden_ND.shape[0] == 0:
         # Keeps the graph whole for a micro-batch without labels: every rank must run the same backward.
         return hidden_ND.float().sum() * 0.0
-    if not torch.is_grad_enabled():
-        return _summed_loss(hidden_ND, targets_N, head, vocab_size)
     loss: torch.Tensor
     if plain_weight_VD is not None and _native_takes(hidden_ND, plain_weight_VD):
         loss = _NativeCrossEntropy.apply(hidden_ND, targets_N, plain_weight_VD)
-    else:
+    elif torch.is_grad_enabled():
         loss = _ChunkedCrossEntropy.apply(hidden_ND, targets_N, head, vocab_size, *params)
+    else:
+        loss = _summed_loss(hidden_ND, targets_N, head, vocab_size)
     return loss
 
 
@@ -73,14 +70,22 @@ class _NativeCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND, targets_N, weight_VD):  # type: ignore[no-untyped-def]
         (count, dim), vocab_size = hidden_ND.shape, weight_VD.shape[0]
         hidden = F.pad(hidden_ND, (0, 0, 0, -count % native.TILE))
-        grad = torch.zeros(hidden.shape, dtype=torch.float32)
+        grad = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         losses = torch.empty(count)
-        block_sums = torch.empty(2, -(-vocab_size // NATIVE_BLOCK), len(hidden))
         native.call(
-            "cross_entropy", hidden, weight_VD, targets_N.contiguous(), losses, grad, block_sums, len(hidden), count,
-            vocab_size, dim,
-        )  # fmt: skip
-        ctx.save_for_backward(grad[:count].to(hidden_ND.dtype))
+            "cross_entropy",
+            hidden,
+            weight_VD,
+            targets_N.contiguous(),
+            losses,
+            grad,
+            len(hidden),
+            count,
+            vocab_size,
+            dim,
+        )
+        if grad is not None:
+            ctx.save_for_backward(grad[:count].to(hidden_ND.dtype))
         return losses.sum()
 
     @staticmethod

@@ -140,6 +140,10 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
         assert torch.equal(one, three)
 
 
+def no_head(part: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the native kernel was not taken")
+
+
 @needs_amx
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 7), (32, 256), (75, 1000), (40, 513)])
 def test_cross_entropy(tokens: int, vocab: int) -> None:
@@ -147,16 +151,41 @@ def test_cross_entropy(tokens: int, vocab: int) -> None:
     hidden = torch.randn(tokens, 96, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(vocab, 96, generator=generator).bfloat16()
     targets = torch.randint(0, vocab, (tokens,), generator=generator)
-
-    def unused(part: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("the native kernel was not taken")
-
-    loss = chunked_cross_entropy(hidden, targets, unused, [], vocab, weight)
+    loss = chunked_cross_entropy(hidden, targets, no_head, [], vocab, weight)
     (got,) = torch.autograd.grad(loss * 0.5, hidden)
     exact = hidden.detach().double().requires_grad_()
     want = F.cross_entropy(exact @ weight.double().t(), targets, reduction="sum")
     assert abs(loss.item() - want.item()) <= 1e-5 * want.item()
     assert relative(got, torch.autograd.grad(want * 0.5, exact)[0]) < BF16
+
+
+@needs_amx
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_cross_entropy_of_tokens_that_are_almost_sure(order: str) -> None:
+    # Logits from -40 to 40 over the vocabulary: the reference moves from block to block, or never. The first token's
+    # target has 60: softmax minus one-hot would be 0 in fp32 too.
+    vocab, dim = 1024, 64
+    ramp = torch.linspace(-40, 40, vocab)
+    weight = torch.randn(vocab, dim, generator=torch.Generator().manual_seed(0)) * 0.05
+    weight[:, 0] = ramp if order == "rising" else ramp.flip(0)
+    sure = 300
+    weight[sure, 1] = (60.0 - weight[sure, 0]) / 0.8
+    hidden = torch.randn(3, dim, generator=torch.Generator().manual_seed(1)) * 0.1
+    hidden[:, 0], hidden[0, 1] = 1.0, 0.8
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16()
+    targets = torch.tensor([sure, 5, 1000])
+    loss = chunked_cross_entropy(hidden, targets, no_head, [], vocab, weight)
+    (got,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    losses = F.cross_entropy(exact @ weight.double().t(), targets, reduction="none")
+    (want,) = torch.autograd.grad(losses.sum(), exact)
+    assert 1e-9 < losses[0].item() < 1e-7
+    assert abs(loss.item() - losses.sum().item()) <= 1e-5 * losses.sum().item()
+    assert relative(got[0], want[0]) < BF16
+    # The others' first column is a difference of numbers up to 80 times as large.
+    assert max(relative(got[row], want[row]) for row in (1, 2)) < 2 * BF16
+    with torch.no_grad():
+        assert chunked_cross_entropy(hidden, targets, no_head, [], vocab, weight).item() == loss.item()
 
 
 @needs_amx

@@ -1,9 +1,10 @@
 // Cross-entropy of a frozen linear head and its gradient to the hidden states; logits are never in memory.
 //
-// The vocabulary is cut into blocks. A first pass over them gives each token's log-sum-exp, a second one computes
-// the logits again, takes the softmax minus one-hot and multiplies it by the block's weights at once. One product
-// more than with stored logits, but nothing leaves the caches, and logits are fp32 throughout. All sums have one
-// order, whatever the number of threads.
+// One pass over blocks of the vocabulary, as FlashAttention's over keys (Dao et al. 2022): a block's exponentials,
+// relative to a reference that moves only when a logit exceeds it by far, are multiplied by the block's weights at
+// once and divided by their sum at the end. The target's own part is added then, in fp32: rounding a probability near 1
+// to bf16 would be most of the gradient. Logits are fp32 throughout. All sums have one order, whatever
+// the number of threads.
 //
 // Shapes: N tokens (a multiple of 32; from `count` on they are padding), D hidden size (a multiple of 32), V vocabulary.
 #ifdef __AMX_BF16__
@@ -16,6 +17,7 @@ namespace {
 
 constexpr index_t BLOCK = 256;  // of the vocabulary
 constexpr float NONE = -1e30f;
+constexpr float MARGIN = 8.0f;  // exp(8) is far from what fp32 and bf16 can hold
 
 struct Head {
     const bf16* weight;  // [V, D]
@@ -54,88 +56,62 @@ __mmask16 within(index_t columns, index_t from) {
     return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
 }
 
-// Maximum and sum of exp(logit - maximum) over a block's columns.
-void block_sum(const float* logits, index_t columns, float* top, float* sum) {
-    __m512 tops = _mm512_set1_ps(NONE), sums = _mm512_setzero_ps();
+float block_top(const float* logits, index_t columns) {
+    __m512 tops = _mm512_set1_ps(NONE);
     for (index_t j = 0; j < BLOCK; j += 16)
         tops = _mm512_mask_max_ps(tops, within(columns, j), tops, _mm512_loadu_ps(logits + j));
-    *top = _mm512_reduce_max_ps(tops);
-    for (index_t j = 0; j < BLOCK; j += 16) {
-        __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + j), _mm512_set1_ps(*top)));
-        sums = _mm512_add_ps(sums, _mm512_maskz_mov_ps(within(columns, j), p));
-    }
-    *sum = _mm512_reduce_add_ps(sums);
+    return _mm512_reduce_max_ps(tops);
 }
 
-// Softmax minus one-hot of a row, in bf16.
-void gradient_row(const float* logits, float lse, index_t columns, index_t target, bf16* out) {
+// exp(logit - reference) of a block's columns but the target's, in bf16, and their sum.
+float exponentials(const float* logits, float reference, index_t columns, index_t target, bf16* out) {
+    __m512 sums = _mm512_setzero_ps();
     for (index_t j = 0; j < BLOCK; j += 16) {
-        __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + j), _mm512_set1_ps(lse)));
-        p = _mm512_maskz_mov_ps(within(columns, j), p);
-        if (j <= target && target < j + 16)
-            p = _mm512_mask_sub_ps(p, static_cast<__mmask16>(1u << (target - j)), p, _mm512_set1_ps(1.0f));
+        __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(logits + j), _mm512_set1_ps(reference)));
+        __mmask16 counted = within(columns, j);
+        if (j <= target && target < j + 16) counted &= static_cast<__mmask16>(~(1u << (target - j)));
+        p = _mm512_maskz_mov_ps(counted, p);
+        sums = _mm512_add_ps(sums, p);
         store_bf16(out + j, p);
     }
+    return _mm512_reduce_add_ps(sums);
 }
 
-// Per block and token: maximum, sum and, in the block of its target, the target's logit.
-void first_pass(const Head& head, const bf16* hidden, const index_t* targets, index_t tokens, index_t count,
-                float* tops, float* sums, float* picked, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        configure_tiles();
-        std::vector<bf16> packed(BLOCK * head.dim);
-        std::vector<float> logits(TILE * BLOCK);
-#pragma omp for schedule(dynamic)
-        for (index_t block = 0; block < head.blocks(); ++block) {
-            for (index_t tile = 0; tile < BLOCK / TILE; ++tile)
-                pack_tile(head, block, tile, packed.data(), pack_transposed);
-            for (index_t row = 0; row < tokens; row += TILE) {
-                logits_tile(head, hidden + row * head.dim, packed.data(), logits.data());
-                for (index_t i = 0; i < TILE && row + i < count; ++i) {
-                    const float* line = logits.data() + i * BLOCK;
-                    index_t target = targets[row + i] - block * BLOCK, at = block * tokens + row + i;
-                    block_sum(line, head.columns(block), tops + at, sums + at);
-                    if (target >= 0 && target < BLOCK) picked[row + i] = line[target];
-                }
-            }
-        }
-        _tile_release();
+void scale_row(float* row, float factor, index_t count) {
+    for (index_t i = 0; i < count; i += 16)
+        _mm512_storeu_ps(row + i, _mm512_mul_ps(_mm512_loadu_ps(row + i), _mm512_set1_ps(factor)));
+}
+
+// What is known of a token after some blocks: the target's logit and, relative to the reference, the others' sum.
+struct Token {
+    float reference = NONE, others = 0.0f, picked = 0.0f;
+    float own() const { return std::exp(picked - reference); }
+    float loss() const {
+        float lead = reference - picked;
+        return lead < 20.0f ? std::log1p(others * std::exp(lead)) : lead + std::log(others + own());
     }
-}
+};
 
-void second_pass(const Head& head, const bf16* hidden, const index_t* targets, index_t tokens, index_t count,
-                 const float* lse, float* grad, int threads) {
-    std::vector<bf16> transposed(BLOCK * head.dim), straight(BLOCK * head.dim);
-#pragma omp parallel num_threads(threads)
-    {
-        configure_tiles();
-        std::vector<float> logits(TILE * BLOCK);
-        std::vector<bf16> d_logits(TILE * BLOCK);
-        for (index_t block = 0; block < head.blocks(); ++block) {
-#pragma omp for schedule(static)
-            for (index_t tile = 0; tile < BLOCK / TILE; ++tile) {
-                pack_tile(head, block, tile, transposed.data(), pack_transposed);
-                pack_tile(head, block, tile, straight.data(), pack_straight);
-            }
-#pragma omp for schedule(dynamic)
-            for (index_t row = 0; row < tokens; row += TILE) {
-                logits_tile(head, hidden + row * head.dim, transposed.data(), logits.data());
-                for (index_t i = 0; i < TILE; ++i) {
-                    bf16* out = d_logits.data() + i * BLOCK;
-                    if (row + i < count)
-                        gradient_row(logits.data() + i * BLOCK, lse[row + i], head.columns(block),
-                                     targets[row + i] - block * BLOCK, out);
-                    else
-                        std::fill(out, out + BLOCK, bf16(0));
-                }
-                for (index_t chunk = 0; chunk < head.chunks(); ++chunk)
-                    multiply(d_logits.data(), BLOCK, BLOCK / TILE,
-                             [&](index_t k) { return straight.data() + (k * head.chunks() + chunk) * PANEL; },
-                             grad + row * head.dim + chunk * TILE, head.dim, true);
-            }
+// A tile's exponentials [32, BLOCK] of one block; its tokens and, where there is one, its gradient follow.
+void visit(const Head& head, index_t block, const float* logits, const index_t* targets, index_t count, Token* tokens,
+           float* grad, bf16* out) {
+    for (index_t i = 0; i < TILE; ++i, out += BLOCK) {
+        if (i >= count) {
+            std::fill(out, out + BLOCK, bf16(0));
+            continue;
         }
-        _tile_release();
+        Token& token = tokens[i];
+        const float* line = logits + i * BLOCK;
+        index_t target = targets[i] - block * BLOCK;
+        float top = block_top(line, head.columns(block));
+        if (top > token.reference + MARGIN) {
+            float factor = std::exp(token.reference - top);
+            token.others *= factor;
+            if (grad) scale_row(grad + i * head.dim, factor, head.dim);
+            token.reference = top;
+        }
+        token.others += exponentials(line, token.reference, head.columns(block), target, out);
+        if (target >= 0 && target < BLOCK) token.picked = line[target];
     }
 }
 
@@ -143,23 +119,48 @@ void second_pass(const Head& head, const bf16* hidden, const index_t* targets, i
 
 extern "C" {
 
-// losses [N] and grad [N, D] (fp32, zeroed by the caller): d(sum of losses) / d(hidden). `block_sums` is scratch of
-// 2 x ceil(V / 256) x N floats.
+// losses [N] and grad [N, D] (fp32, zeroed by the caller; or null): d(sum of losses) / d(hidden).
 void cross_entropy(const bf16* hidden, const bf16* weight, const index_t* targets, float* losses, float* grad,
-                   float* block_sums, index_t tokens, index_t count, index_t vocab, index_t dim, int threads) {
+                   index_t tokens, index_t count, index_t vocab, index_t dim, int threads) {
     Head head{weight, vocab, dim};
-    float *tops = block_sums, *sums = block_sums + head.blocks() * tokens;
-    std::vector<float> lse(tokens), picked(tokens);
-    first_pass(head, hidden, targets, tokens, count, tops, sums, picked.data(), threads);
-    for (index_t token = 0; token < count; ++token) {
-        float top = NONE, sum = 0.0f;
-        for (index_t block = 0; block < head.blocks(); ++block) top = std::max(top, tops[block * tokens + token]);
-        for (index_t block = 0; block < head.blocks(); ++block)
-            sum += sums[block * tokens + token] * std::exp(tops[block * tokens + token] - top);
-        lse[token] = top + std::log(sum);
-        losses[token] = lse[token] - picked[token];
+    std::vector<Token> known(tokens);
+    std::vector<bf16> transposed(BLOCK * dim), straight(grad ? BLOCK * dim : 0);
+#pragma omp parallel num_threads(threads)
+    {
+        configure_tiles();
+        std::vector<float> logits(TILE * BLOCK);
+        std::vector<bf16> weights(TILE * BLOCK);
+        for (index_t block = 0; block < head.blocks(); ++block) {
+#pragma omp for schedule(static)
+            for (index_t tile = 0; tile < BLOCK / TILE; ++tile) {
+                pack_tile(head, block, tile, transposed.data(), pack_transposed);
+                if (grad) pack_tile(head, block, tile, straight.data(), pack_straight);
+            }
+#pragma omp for schedule(dynamic)
+            for (index_t row = 0; row < tokens; row += TILE) {
+                float* to = grad ? grad + row * dim : nullptr;
+                logits_tile(head, hidden + row * dim, transposed.data(), logits.data());
+                visit(head, block, logits.data(), targets + row, count - row, known.data() + row, to, weights.data());
+                for (index_t chunk = 0; grad && chunk < head.chunks(); ++chunk)
+                    multiply(weights.data(), BLOCK, BLOCK / TILE,
+                             [&](index_t k) { return straight.data() + (k * head.chunks() + chunk) * PANEL; },
+                             to + chunk * TILE, dim, true);
+            }
+        }
+#pragma omp for schedule(static)
+        for (index_t token = 0; token < count; ++token) {
+            losses[token] = known[token].loss();
+            if (!grad) continue;
+            float sum = known[token].others + known[token].own();
+            __m512 factor = _mm512_set1_ps(1.0f / sum), target = _mm512_set1_ps(-known[token].others / sum);
+            for (index_t i = 0; i < dim; i += 16) {
+                float* to = grad + token * dim + i;
+                __m512 own = _mm512_mul_ps(target, load_bf16(weight + targets[token] * dim + i));
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(to), factor, own));
+            }
+        }
+        _tile_release();
     }
-    second_pass(head, hidden, targets, tokens, count, lse.data(), grad, threads);
 }
 }
 #endif
