@@ -140,9 +140,8 @@ class _NativeLoraLinears(torch.autograd.Function):
         layers: Sequence[Projection] = ctx.layers
         tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         dys = [grad.to(x.dtype).contiguous() for grad in grads]
-        dx, frozen = None, [(None, None) for _ in layers]
-        if ctx.needs_input_grad[0]:
-            dx, frozen = torch.empty_like(x), [layer.frozen(x.dtype) for layer in layers]
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        frozen = [(None, None) if dx is None else layer.frozen(x.dtype) for layer in layers]
         # In the order of the arguments: a and b of each layer.
         d_matrices = [torch.empty_like(matrix) for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
         group = partial(_native_layers, layers, frozen, dys, d_matrices)
