@@ -68,7 +68,7 @@ test-loaders: $(STAMP) ## Load what is exported with other people's programs (do
 	$(BIN)/python -m pytest -m loaders -n 0 $(PYTEST)
 
 # BENCH passes arguments on, e.g. BENCH="--rounds 5 --write".
-bench-peers: $(STAMP) ## Train one model with finetune, TRL and LitGPT in turns (installs the peers)
+bench-peers: $(STAMP) ## Train one model with finetune and its peers in turns (installs the peers)
 	$(BIN)/python benchmarks/peers/run.py --data $(DATA) $(BENCH)
 
 bench-gpu: $(STAMP) ## Speed and memory of Falcon-7B on one GPU, random weights, no network

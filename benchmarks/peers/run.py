@@ -51,7 +51,8 @@ PEERS = {
     "trl": Peer("TRL, its defaults", "trl", "peer_trl.py", "default"),
     "trl_packed": Peer("TRL, packed", "trl", "peer_trl.py", "packed"),
     "litgpt": Peer("LitGPT finetune_lora", "litgpt", "peer_litgpt.py", "default"),
-    "unsloth": Peer("Unsloth", "unsloth", "peer_trl.py", "unsloth", needs_cuda=True),
+    "unsloth": Peer("Unsloth", "unsloth", "peer_unsloth.py", "default", needs_cuda=True),
+    "axolotl": Peer("axolotl, packed", "axolotl", "peer_axolotl.py", "packed", needs_cuda=True),
 }
 
 
@@ -181,7 +182,7 @@ def versions(python: Path) -> dict[str, str]:
     """Versions of what decides results in an environment."""
     code = (
         "import json, importlib.metadata as m\n"
-        "names = ('torch', 'transformers', 'peft', 'trl', 'litgpt', 'lightning', 'unsloth', 'bitsandbytes')\n"
+        "names = 'torch transformers peft trl litgpt lightning unsloth axolotl bitsandbytes'.split()\n"
         "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({n: have[n] for n in names if n in have}))"
     )
@@ -218,7 +219,7 @@ def _named(found: dict[str, str]) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     if "tokens_per_second" not in row:
-        return f"| {row['peer']} | did not run: {row['failure'].replace('|', ' ')} | | | | |"
+        return f"| {row['peer']} | not measured: {row['failure'].replace('|', ' ')} | | | | |"
     low, high = row["finetune_is_faster_by_range"]
     ratio = f"{row['finetune_is_faster_by']:.2f} × ({low:.2f} to {high:.2f})" if row["counts"] else "does not count"
     if row["peer"] == PEERS["finetune"].title:
@@ -261,7 +262,7 @@ def find_pythons(root: Path, chosen: list[str]) -> tuple[dict[str, Path], dict[s
             if key not in chosen:
                 raise PeerError("left out by --peers")
             if peer.needs_cuda and not cuda:
-                raise PeerError("needs an NVIDIA GPU")
+                raise PeerError("needs CUDA")
             python = Path(sys.executable) if peer.environment is None else environment_python(peer.environment, root)
             pythons[key] = python
         except PeerError as error:
