@@ -1,4 +1,4 @@
-"""Attention over a packed row by the native kernels: `cpp/attention.cpp` says how.
+"""Attention over a packed row by the native kernels: `cpp/attention.h` says how.
 
 Shapes: T tokens of the row, H query heads, G key heads, D head size.
 """
@@ -13,6 +13,9 @@ import torch
 
 from finetune.kernels import native
 from finetune.kernels.layout import RowLayout
+
+# As in `cpp/attention.h`.
+MAX_HEAD_SIZE = 256
 
 
 class Visibility(NamedTuple):
@@ -37,13 +40,17 @@ class _Heads(ctypes.Structure):
 
 
 def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the kernel computes these: one row in bf16 on a CPU with AMX, tokens and head size multiples of 32."""
+    """Whether the kernel computes these: one row in bf16 on a CPU with AMX, tokens and head size multiples of 32.
+
+    Heads of more than 256 are left to torch: the kernel's blocks are sized for less.
+    """
     batch, heads, tokens, dim = query.shape
     return (
         native.in_memory(query)
         and batch == 1
         and tokens % native.TILE == 0
         and dim % native.TILE == 0
+        and dim <= MAX_HEAD_SIZE
         and heads % key.shape[1] == 0
         and native.has_amx()
     )
@@ -92,7 +99,7 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value = (_dense_heads(tensor) for tensor in (query, key, value))
         out = query.new_empty(1, tokens, heads, dim).transpose(1, 2)
         lse = torch.empty(heads, tokens)
-        packed = query.new_empty(2 * key.numel())
+        packed = query.new_empty(key.numel())
         row = partial(_row, query, key, layout, scale)
         native.call("attention_forward", row, *map(_heads, (query, key, value)), out, lse, packed)
         ctx.save_for_backward(query, key, value, out, lse)
@@ -107,7 +114,7 @@ class _PackedAttention(torch.autograd.Function):
             tensor.new_empty(1, tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
             for tensor in (query, key, value)
         ]
-        packed, delta = query.new_empty(3 * key.numel() + 4 * query.numel()), torch.empty_like(lse)
+        packed, delta = query.new_empty(key.numel() + 4 * query.numel()), torch.empty_like(lse)
         heads_of = map(_heads, (query, key, value, out, grad_out))
         row = partial(_row, query, key, ctx.layout, ctx.scale)
         native.call("attention_backward", row, *heads_of, lse, *grads, packed, delta)

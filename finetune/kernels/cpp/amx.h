@@ -18,8 +18,8 @@ static inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
-// The sums of a block, c [32, 32] (fp32), into tile registers 0 to 3, or zeros, and back. Strides are in elements. `TOP`
-// is only the first 16 rows, `LEFT` only the first 16 columns.
+// The sums of a block, c [32, 32] (fp32), into tile registers 0 to 3, or zeros, and back. Strides are in elements.
+// `TOP` is only the first 16 rows, `LEFT` only the first 16 columns.
 template <bool TOP = false, bool LEFT = false>
 static inline void load_sums(const float* c, index_t stride, bool accumulate) {
     const float* below = c + 16 * stride;
@@ -70,30 +70,36 @@ static inline void multiply(const bf16* a, index_t a_stride, index_t depth, Pane
     store_sums<TOP, LEFT>(c, c_stride);
 }
 
+// Transpose 16 x 16 words of 32 bits: by words, pairs, quarters and halves.
+static inline void transpose_words(__m512i rows[16]) {
+    __m512i next[16];
+    for (int i = 0; i < 16; i += 2) {
+        next[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        next[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(next[i + j], next[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(next[i + j], next[i + j + 2]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            next[i + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0x88);
+            next[i + j + 4] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        rows[j] = _mm512_shuffle_i32x4(next[j], next[j + 8], 0x88);
+        rows[j + 8] = _mm512_shuffle_i32x4(next[j], next[j + 8], 0xdd);
+    }
+}
+
 // Panel of xT for 32 rows of x and 32 of its columns: [2 x 16 rows of x][16 pairs of columns][16 rows][2].
 static inline void pack_transposed(const bf16* x, index_t stride, bf16* panel) {
     for (index_t half = 0; half < 2; ++half, x += 16 * stride, panel += PANEL / 2) {
-        // A pair of columns is one 32-bit word: the transpose of 16 x 16 words, by words, pairs and quarters.
-        __m512i rows[16], next[16];
+        __m512i rows[16];  // a pair of columns is one word
         for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(x + i * stride);
-        for (int i = 0; i < 16; i += 2) {
-            next[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-            next[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int j = 0; j < 2; ++j) {
-                rows[i + 2 * j] = _mm512_unpacklo_epi64(next[i + j], next[i + j + 2]);
-                rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(next[i + j], next[i + j + 2]);
-            }
-        for (int i = 0; i < 16; i += 8)
-            for (int j = 0; j < 4; ++j) {
-                next[i + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0x88);
-                next[i + j + 4] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0xdd);
-            }
-        for (int j = 0; j < 8; ++j) {
-            _mm512_storeu_si512(panel + 32 * j, _mm512_shuffle_i32x4(next[j], next[j + 8], 0x88));
-            _mm512_storeu_si512(panel + 32 * (j + 8), _mm512_shuffle_i32x4(next[j], next[j + 8], 0xdd));
-        }
+        transpose_words(rows);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + 32 * i, rows[i]);
     }
 }
 
@@ -114,6 +120,22 @@ static inline void pack_straight(const bf16* x, index_t stride, bf16* panel) {
     }
 }
 
+// xT [32][32] of 32 rows of x and 32 of its columns: a left operand.
+static inline void transpose_tile(const bf16* x, index_t stride, bf16* out) {
+    alignas(64) bf16 panel[PANEL];
+    pack_transposed(x, stride, panel);
+    alignas(64) std::uint16_t index[32];
+    for (std::uint16_t i = 0; i < 32; ++i) index[i] = 2 * i;
+    __m512i evens = _mm512_load_si512(index);
+    for (index_t pair = 0; pair < 16; ++pair) {
+        __m512i first = _mm512_load_si512(panel + pair * TILE);
+        __m512i second = _mm512_load_si512(panel + PANEL / 2 + pair * TILE);
+        _mm512_storeu_si512(out + 2 * pair * TILE, _mm512_permutex2var_epi16(first, evens, second));
+        _mm512_storeu_si512(out + (2 * pair + 1) * TILE,
+                            _mm512_permutex2var_epi16(first, _mm512_add_epi16(evens, _mm512_set1_epi16(1)), second));
+    }
+}
+
 // As fast_exp in common.h, sixteen at a time; a NaN stays one.
 static inline __m512 exp16(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
@@ -126,8 +148,30 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(poly, n);
 }
 
+// 2^x to a tenth of a unit in the last place of fp32 before rounding; below fp32's range 0, and a NaN stays one. A
+// polynomial of degree 5 fitted for the least relative error on [0, 1).
+static inline __m512 exp2_16(__m512 x) {
+    __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 poly = _mm512_set1_ps(0.00187757665f);
+    for (float factor : {0.00898934016f, 0.055826318f, 0.240153617f, 0.693153073f, 0.999999925f})
+        poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(factor));
+    return _mm512_scalef_ps(poly, x);
+}
+
 static inline void store_bf16(bf16* out, __m512 values) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// Two vectors beside each other.
+static inline void store_bf16(bf16* out, __m512 left, __m512 right) {
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+}
+
+// A row of a panel: sixteen columns of two rows of depth, each column's two side by side.
+static inline void store_pair(bf16* out, __m512 even, __m512 odd) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
 }
 
 static inline __m512 load_bf16(const bf16* in) {

@@ -6,7 +6,7 @@
 // to bf16 would be most of the gradient. Logits are fp32 throughout. All sums have one order, whatever
 // the number of threads.
 //
-// Shapes: N tokens (a multiple of 32; from `count` on they are padding), D hidden size (a multiple of 32), V vocabulary.
+// Shapes: N tokens (from `count` on they are padding) and D hidden size, both multiples of 32; V vocabulary.
 #ifdef __AMX_BF16__
 #include "amx.h"
 #include <algorithm>

@@ -97,17 +97,14 @@ void outer_tile(const bf16* u_t, index_t used, const bf16* v, index_t width, flo
 }
 
 // uT [R, 32] of a tile of tokens u [32, R].
-void transpose_tile(const bf16* u, index_t ranks, bf16* out) {
-    for (index_t token = 0; token < TILE; ++token)
-        for (index_t rank = 0; rank < ranks; ++rank) out[rank * TILE + token] = u[token * ranks + rank];
+void transpose_ranks(const bf16* u, index_t ranks, bf16* out) {
+    for (index_t rank = 0; rank < ranks; rank += TILE) transpose_tile(u + rank, ranks, out + rank * TILE);
 }
 
 void store_tile(const float* sums, const bf16* bias, bf16* y, index_t stride) {
     __m512 left = bias ? load_bf16(bias) : _mm512_setzero_ps(), right = bias ? load_bf16(bias + 16) : left;
     for (index_t i = 0; i < TILE; ++i, sums += TILE, y += stride) {
-        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_add_ps(_mm512_loadu_ps(sums + 16), right),
-                                            _mm512_add_ps(_mm512_loadu_ps(sums), left));
-        _mm512_storeu_si512(y, (__m512i)both);
+        store_bf16(y, _mm512_add_ps(_mm512_loadu_ps(sums), left), _mm512_add_ps(_mm512_loadu_ps(sums + 16), right));
     }
 }
 
@@ -223,8 +220,8 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
                     reduce_tile(layers[n].y + token * layers[n].outputs, layers[n].outputs, down[n].data(), ranks,
                                 used, dxa_sums.data(), n > 0);
                 round_rows(dxa_sums.data(), dxa.data() + token * ranks, TILE * ranks);
-                transpose_tile(xa + token * ranks, ranks, xa_t.data());
-                transpose_tile(dxa.data() + token * ranks, ranks, dxa_t.data());
+                transpose_ranks(xa + token * ranks, ranks, xa_t.data());
+                transpose_ranks(dxa.data() + token * ranks, ranks, dxa_t.data());
                 float* to = sums + part * rows * width;
                 outer_tile(dxa_t.data(), used, x + token * dim, dim, to);
                 to += rows * dim;
