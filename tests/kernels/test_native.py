@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[RowLayout, int]] = {
     "one sample": ((Group(0, (64,)),), 64),
     "samples across tiles": ((Group(0, (5, 40, 33, 1)),), 96),
     "prefixes and padding": ((Group(10, (3, 5)), Group(40, (7, 50))), 160),
+    "a short sample behind a long one": ((Group(0, (150, 42)), Group(0, (160, 32))), 384),
     "a long prefix": ((Group(150, (33, 20, 64, 21)),), 288),
 }
 

@@ -9,6 +9,7 @@ namespace {
 
 constexpr float HIDDEN = -1e30f;  // the score of a pair that does not see each other
 constexpr float MARGIN = 10.0f;   // 2^10 is far from what fp32 and bf16 can hold
+constexpr float UNSET = 1e30f;    // the reference of a query that has seen no key yet: 2^(score - it) is 0
 
 // What is known of 32 queries after some blocks of keys, by sixteen: sums are relative to the reference, which moves
 // only when a score exceeds it by far.
@@ -37,10 +38,13 @@ void exponentials(const Row& row, index_t tile, const index_t* list, index_t cou
             }
         }
         __m512 &reference = known.reference[half], &sum = known.sum[half];
+        __mmask16 visible = _mm512_cmp_ps_mask(top, _mm512_set1_ps(HIDDEN / 2), _CMP_GT_OQ);
+        __mmask16 set = _mm512_cmp_ps_mask(reference, _mm512_set1_ps(UNSET), _CMP_NEQ_UQ);
         top = _mm512_mul_ps(top, factor);
-        __mmask16 moves = _mm512_cmp_ps_mask(top, _mm512_add_ps(reference, _mm512_set1_ps(MARGIN)), _CMP_GT_OQ);
-        if (moves) {
-            __m512 next = _mm512_mask_mov_ps(reference, moves, top), shrink = exp2_16(_mm512_sub_ps(reference, next));
+        __mmask16 exceeds = _mm512_cmp_ps_mask(top, _mm512_add_ps(reference, _mm512_set1_ps(MARGIN)), _CMP_GT_OQ);
+        if (__mmask16 moves = visible & (exceeds | static_cast<__mmask16>(~set))) {
+            __m512 next = _mm512_mask_mov_ps(reference, moves, top);
+            __m512 shrink = _mm512_maskz_mov_ps(set, exp2_16(_mm512_sub_ps(reference, next)));
             sum = _mm512_mul_ps(sum, shrink);
             for (index_t d = 0; !first && d < row.dim; ++d) {
                 float* at = sums + d * TILE + half * 16;
@@ -87,8 +91,8 @@ void attention_forward(const Row* shape, const Heads* q, const Heads* k, const H
                 index_t kv = row.kv_of(head), total = static_cast<index_t>(list.size());
                 for (index_t chunk = 0; chunk < row.chunks(); ++chunk)
                     pack_transposed(q->at(head, tile * TILE) + chunk * TILE, q->token_stride, queries + chunk * PANEL);
-                __m512 none = _mm512_set1_ps(HIDDEN), zero = _mm512_setzero_ps();
-                Softmax known{{none, none}, {zero, zero}};
+                __m512 unset = _mm512_set1_ps(UNSET), zero = _mm512_setzero_ps();
+                Softmax known{{unset, unset}, {zero, zero}};
                 for (index_t from = 0; from < total; from += BLOCK) {
                     index_t count = std::min(BLOCK, total - from);
                     const index_t* tiles = list.data() + from;
