@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
+from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 from bitsandbytes.nn import Params4bit
 
+from finetune.models.four_bit import dequantize_4bit
 from finetune.recipe.schema import ModelSection
 
 # fp32 values of a block of rows: 16 MB.

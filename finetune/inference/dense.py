@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import psutil
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from torch.distributed.tensor import DTensor
+
+from finetune.models.four_bit import dequantize_4bit
 
 # Of the memory that is free, the share that copies may take.
 MAX_SHARE = 0.25

@@ -14,7 +14,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,20 @@ from finetune.kernels import native
 Weight = Callable[[torch.dtype], torch.Tensor]
 
 
+class FourBit(NamedTuple):
+    """A weight [O, D] in bitsandbytes' 4 bits, for the native kernel: `cpp/weight.h` has the form."""
+
+    codes: torch.Tensor  # uint8 [O * D / 2]
+    levels: torch.Tensor  # fp32 [16]
+    absmax: torch.Tensor | None  # fp32 [blocks]; None if they are quantized themselves
+    absmax_codes: torch.Tensor | None = None  # uint8 [blocks]
+    absmax_levels: torch.Tensor | None = None  # fp32 [256]
+    absmax_absmax: torch.Tensor | None = None  # fp32
+    absmax_offset: torch.Tensor | None = None  # fp32, one
+    block: int = 64
+    absmax_block: int = 256
+
+
 @dataclass(frozen=True)
 class Projection:
     """A frozen linear layer and its LoRA update."""
@@ -35,11 +49,8 @@ class Projection:
     a_RD: torch.Tensor
     b_OR: torch.Tensor
     scale: float
-
-    def frozen(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The frozen weight and bias in a dtype, dense."""
-        weight = self.weight(dtype).contiguous()
-        return weight, None if self.bias is None else self.bias.to(dtype).contiguous()
+    # The weight as it is stored, if the native kernel can read that.
+    four_bit: Callable[[], FourBit | None] = lambda: None
 
 
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
@@ -103,12 +114,36 @@ def _stack_a(layers: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([layer.a_RD.to(dtype) for layer in layers])
 
 
+class _FourBit(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in FourBit._fields[:7]),
+        *((name, ctypes.c_int64) for name in FourBit._fields[7:]),
+    )
+
+
 class _NativeLayer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("w", "bias", "a", "b", "y", "da", "db")),
+        *((name, ctypes.c_void_p) for name in ("w", "bias")),
+        ("four_bit", _FourBit),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "y", "da", "db")),
         *((name, ctypes.c_int64) for name in ("rank", "outputs")),
         ("scale", ctypes.c_float),
     )
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A layer's frozen tensors as the kernel reads them; held until it returns."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    four_bit: FourBit | None = None
+
+
+def _frozen(layer: Projection, dtype: torch.dtype) -> _Frozen:
+    four_bit = layer.four_bit()
+    bias = None if layer.bias is None else layer.bias.to(dtype).contiguous()
+    return _Frozen(None if four_bit is not None else layer.weight(dtype).contiguous(), bias, four_bit)
 
 
 def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
@@ -128,7 +163,7 @@ class _NativeLoraLinears(torch.autograd.Function):
         tokens, dim, ranks = x.numel() // x.shape[-1], x.shape[-1], sum(_ranks(layers))
         outputs = tuple(x.new_empty(*x.shape[:-1], layer.b_OR.shape[0]) for layer in layers)
         xa_TR = x.new_empty(tokens, -(-ranks // native.TILE) * native.TILE)
-        group = partial(_native_layers, layers, [layer.frozen(x.dtype) for layer in layers], outputs)
+        group = partial(_native_layers, layers, [_frozen(layer, x.dtype) for layer in layers], outputs)
         native.call("lora_forward", group, x, xa_TR, len(layers), tokens, dim)
         ctx.save_for_backward(x, xa_TR)
         ctx.layers = layers
@@ -141,7 +176,7 @@ class _NativeLoraLinears(torch.autograd.Function):
         tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         dys = [grad.to(x.dtype).contiguous() for grad in grads]
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        frozen = [(None, None) if dx is None else layer.frozen(x.dtype) for layer in layers]
+        frozen = [_Frozen() if dx is None else _frozen(layer, x.dtype) for layer in layers]
         # In the order of the arguments: a and b of each layer.
         d_matrices = [torch.empty_like(matrix) for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
         group = partial(_native_layers, layers, frozen, dys, d_matrices)
@@ -151,14 +186,21 @@ class _NativeLoraLinears(torch.autograd.Function):
 
 def _native_layers(
     layers: Sequence[Projection],
-    frozen: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+    frozen: Sequence[_Frozen],
     ys: Sequence[torch.Tensor],
     d_matrices: Sequence[torch.Tensor] | None = None,
 ) -> ctypes.Array[_NativeLayer]:
     array = (_NativeLayer * len(layers))()
-    for index, (layer, y) in enumerate(zip(layers, ys, strict=True)):
-        matrices = [*frozen[index], layer.a_RD, layer.b_OR, y]
-        matrices += (None, None) if d_matrices is None else d_matrices[2 * index : 2 * index + 2]
-        pointers = (None if matrix is None else matrix.data_ptr() for matrix in matrices)
-        array[index] = _NativeLayer(*pointers, layer.a_RD.shape[0], layer.b_OR.shape[0], layer.scale)
+    for index, (layer, held, y) in enumerate(zip(layers, frozen, ys, strict=True)):
+        four_bit = _FourBit() if held.four_bit is None else _FourBit(*map(_value, held.four_bit))
+        da, db = (None, None) if d_matrices is None else d_matrices[2 * index : 2 * index + 2]
+        matrices = map(_value, (layer.a_RD, layer.b_OR, y, da, db))
+        rank, outputs = layer.a_RD.shape[0], layer.b_OR.shape[0]
+        array[index] = _NativeLayer(
+            _value(held.weight), _value(held.bias), four_bit, *matrices, rank, outputs, layer.scale
+        )
     return array
+
+
+def _value(argument: torch.Tensor | int | None) -> int | None:
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument

@@ -26,10 +26,11 @@ from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import RowLayout, dense_mask
-from finetune.models.fused import fuse
+from finetune.kernels.lora import FourBit
+from finetune.models.fused import STAND_IN, fuse
 from finetune.models.heads import checkpoint_layers, decoder_of, supervised_loss
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
-from finetune.recipe.schema import LoraSection, ModelSection
+from finetune.recipe.schema import QUANTIZED_4BIT, LoraSection, ModelSection
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -180,7 +181,7 @@ def _measure_short(
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection(), kernels:
         adapted.to_empty(device="cpu")
         if model.quantization != "none":
-            _expand_when_used(base, compute=AUTOCAST.get(precision, base.dtype))
+            _expand_when_used(base, model.quantization, compute=AUTOCAST.get(precision, base.dtype))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
@@ -229,14 +230,19 @@ def _prompt_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _expand_when_used(base: Any, *, compute: torch.dtype) -> None:
-    """Give layers that are quantized a weight of another dtype, so that each use makes a copy in the compute dtype."""
+def _expand_when_used(base: Any, quantization: str, *, compute: torch.dtype) -> None:
+    """Give layers that are quantized a weight of another dtype, so that each use makes a copy in the compute dtype.
+
+    The native kernels make none of a 4-bit weight: they are given a stand-in for it.
+    """
     stored = torch.bfloat16 if compute == torch.float32 else torch.float32
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
         if is_quantized_linear(module, name, head):
             weight = torch.empty(module.weight.shape, dtype=stored)
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if quantization in QUANTIZED_4BIT:
+                setattr(module, STAND_IN, FourBit(weight, weight, weight))
             if "forward" not in vars(module):
                 module.forward = MethodType(_expanding_forward, module)
 

@@ -16,10 +16,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from finetune.kernels.lora import Projection, lora_linears
+from finetune.kernels.lora import FourBit, Projection, lora_linears
+from finetune.kernels.native import is_plain
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
 
 ADAPTER = "default"
+
+# Where a layer without memory keeps a `FourBit` of its own: the memory estimate's, for weights that it only measures.
+STAND_IN = "four_bit_stand_in"
 
 # Classes whose forward is x Wᵀ + b and nothing else.
 PLAIN_LINEAR = ("Linear", "FalconLinear", "NonDynamicallyQuantizableLinear")
@@ -106,7 +110,30 @@ def projection(layer: Any) -> Projection:
     base = layer.base_layer
     expand: Callable[[torch.dtype], torch.Tensor] = partial(expand_4bit if _is_4bit(base) else _dense, base)
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return Projection(expand, base.bias, a, b, layer.scaling[ADAPTER])
+    return Projection(expand, base.bias, a, b, layer.scaling[ADAPTER], partial(_stored_4bit, base))
+
+
+def _stored_4bit(base: Any) -> FourBit | None:
+    """A bitsandbytes layer's weight for the native kernels; None where they would read it otherwise than it is."""
+    if hasattr(base, STAND_IN):
+        found: FourBit = getattr(base, STAND_IN)
+        return found
+    if not _is_4bit(base):
+        return None
+    _attach_quant_state(base)
+    state, data = base.weight.quant_state, base.weight.data
+    if not is_plain(data) or not data.is_contiguous() or data.device.type != "cpu":
+        return None
+    rounds_alike = state.dtype in (torch.bfloat16, torch.float32)
+    nested = state.state2 if state.nested else None
+    blocks = (state.blocksize, 32 if nested is None else nested.blocksize)
+    if not rounds_alike or any(block % 32 for block in blocks) or state.shape[1] % 32:
+        return None
+    codes = data.view(torch.uint8)
+    if nested is None:
+        return FourBit(codes, state.code, state.absmax, block=state.blocksize)
+    maxima = (state.absmax, nested.code, nested.absmax, state.offset)
+    return FourBit(codes, state.code, None, *maxima, state.blocksize, nested.blocksize)
 
 
 def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -116,12 +143,16 @@ def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def expand_4bit(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """The weight [O, D] that a bitsandbytes 4-bit layer stands for."""
-    from bitsandbytes.functional import dequantize_4bit
+    from finetune.models.four_bit import dequantize_4bit
+
+    _attach_quant_state(base)
+    return dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state).to(dtype)
+
+
+def _attach_quant_state(base: Any) -> None:
     from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
     fix_4bit_weight_quant_state_from_module(base)
-    state = base.weight.quant_state
-    return dequantize_4bit(base.weight.data.view(-1, 1), state).to(dtype)
 
 
 def _lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

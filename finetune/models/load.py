@@ -93,6 +93,8 @@ def quantization_config(model: ModelSection, *, shardable: bool) -> BitsAndBytes
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if model.quantization in QUANTIZED_4BIT:
+        import finetune.models.four_bit  # noqa: F401
+
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=model.quantization,

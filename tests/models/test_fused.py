@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from finetune.kernels import native
 from finetune.kernels.attention import NAME, packed_row, register
 from finetune.kernels.layout import Group, position_ids
+from finetune.kernels.lora import Projection, lora_linears
 from finetune.models.adapters import attach_adapter, trainable_parameters
-from finetune.models.fused import fuse
+from finetune.models.fused import _stored_4bit, expand_4bit, fuse
 from finetune.recipe.schema import LoraSection
 from tests.tiny import CONFIGS
 
@@ -98,3 +100,41 @@ def test_a_disabled_adapter_gives_the_base() -> None:
     with model.disable_adapter():
         torch.testing.assert_close(model(input_ids=ids).logits, want)
     assert not torch.allclose(model(input_ids=ids).logits, want)
+
+
+def four_bit_layer(quant_type: str, nested: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A bitsandbytes layer of 96 inputs and 64 outputs, quantized on the CPU."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(dtype) * 0.1
+    layer = Linear4bit(96, 64, bias=False, compute_dtype=torch.bfloat16, quant_type=quant_type)
+    layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=nested, quant_type=quant_type)
+    return layer.to("cpu")
+
+
+@pytest.mark.skipif(not native.has_amx(), reason="no native kernels for LoRA here")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_kernel_reads_4_bits_as_bitsandbytes_does(quant_type: str, nested: bool) -> None:
+    base = four_bit_layer(quant_type, nested)
+    stored = _stored_4bit(base)
+    assert stored is not None and (stored.absmax is None) == nested
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((8, 96), (64, 8)))
+    expand = partial(expand_4bit, base)
+
+    def unused(dtype: torch.dtype) -> torch.Tensor:
+        raise AssertionError("the weight was expanded")
+
+    results = []
+    for projection in (Projection(expand, None, a, b, 2.0), Projection(unused, None, a, b, 2.0, lambda: stored)):
+        x = torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
+        (y,) = lora_linears(x, [projection])
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, a, b])])
+    for left, right in zip(*results, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_4_bits_that_the_kernel_would_round_otherwise_are_expanded() -> None:
+    assert _stored_4bit(four_bit_layer("nf4", True, torch.float16)) is None
+    assert _stored_4bit(torch.nn.Linear(96, 64)) is None

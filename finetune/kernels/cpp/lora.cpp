@@ -6,11 +6,13 @@
 // Shapes: T tokens, D inputs, O outputs, all multiples of 32; R ranks of all layers, padded.
 #ifdef __AMX_BF16__
 #include "product.h"
+#include "weight.h"
 
 namespace {
 
 struct Layer {
-    const bf16 *w, *bias;  // [O, D]; [O] or null
+    const bf16 *w, *bias;  // [O, D] or null; [O] or null
+    FourBit four_bit;      // where w is null
     const float *a, *b;    // [rank, D], [O, rank]
     bf16* y;               // [T, O]: the output; in the backward pass its gradient
     float *da, *db;        // as a and b
@@ -29,6 +31,14 @@ struct Group {
     }
     index_t used() const { return first_rank(count); }
     index_t ranks() const { return (used() + TILE - 1) / TILE * TILE; }
+    std::vector<Weight> weights() const {
+        std::vector<Weight> out;
+        for (index_t i = 0; i < count; ++i) {
+            out.push_back({layers[i].w, layers[i].four_bit, dim});
+            out.back().expand_maxima(layers[i].outputs);
+        }
+        return out;
+    }
 };
 
 using Matrix = std::vector<bf16>;
@@ -152,6 +162,7 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
     Group group{layers, count, tokens, dim};
     index_t ranks = group.ranks(), used = group.used(), panels = 0;
     Matrix a = all_a(group), down(ranks * dim);
+    const std::vector<Weight> weights = group.weights();
     for (index_t n = 0; n < count; ++n) panels += layers[n].outputs / TILE;
 #pragma omp parallel num_threads(threads)
     {
@@ -171,8 +182,10 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
             const Layer& layer = layers[n];
             index_t rank = group.first_rank(n);
             auto pack = [&](index_t panel, index_t operand, index_t step, bf16* to) {
-                if (operand == 0) return pack_transposed(layer.w + panel * TILE * dim + step * TILE, dim, to);
-                pack_b_transposed(layer, rank, panel * TILE, step * TILE, to);
+                if (operand > 0) return pack_b_transposed(layer, rank, panel * TILE, step * TILE, to);
+                alignas(64) bf16 buffer[PANEL];
+                auto [rows, stride] = weights[n].tile(panel * TILE, step * TILE, buffer);
+                pack_transposed(rows, stride, to);
             };
             auto store = [&](index_t panel, index_t token, const float* tile) {
                 store_tile(tile, layer.bias ? layer.bias + panel * TILE : nullptr,
@@ -193,6 +206,7 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
     std::vector<Matrix> down;
     for (index_t n = 0; n < count; width += layers[n++].outputs) down.emplace_back(layers[n].outputs * ranks);
     Matrix up = all_a(group), dxa(tokens * ranks);
+    const std::vector<Weight> weights = dx ? group.weights() : std::vector<Weight>();
     index_t part_tiles = (tokens / TILE + PARTS - 1) / PARTS, parts = (tokens / TILE + part_tiles - 1) / part_tiles;
     // Kept from call to call: fresh memory costs its page faults, as long as the sums themselves.
     static thread_local std::vector<float> kept;
@@ -232,8 +246,10 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
         if (dx) {
             auto [first, last] = share(dim / TILE);
             auto pack = [&](index_t panel, index_t operand, index_t step, bf16* to) {
-                const bf16* from = operand < count ? layers[operand].w : up.data();
-                pack_straight(from + step * TILE * dim + panel * TILE, dim, to);
+                alignas(64) bf16 buffer[PANEL];
+                Weight::Tile from{up.data() + step * TILE * dim + panel * TILE, dim};
+                if (operand < count) from = weights[operand].tile(step * TILE, panel * TILE, buffer);
+                pack_straight(from.rows, from.stride, to);
             };
             auto store = [&](index_t panel, index_t token, const float* tile) {
                 store_tile(tile, nullptr, dx + token * dim + panel * TILE, dim);
