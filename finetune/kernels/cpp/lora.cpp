@@ -127,25 +127,31 @@ Share share(index_t count) {
     return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// Tokens are summed in this many parts, and the parts in order: so the result does not depend on threads.
-constexpr index_t PARTS = 8;
+// Tokens are summed in so many parts, and the parts in order: the result does not depend on the number of threads. Of
+// wide layers and high ranks there are fewer: each part has sums of its own.
+index_t parts_of(index_t tiles, index_t sums) {
+    constexpr index_t MOST = 8, MOST_SUMS = index_t(1) << 24;  // 64 MB of fp32
+    return std::min(tiles, std::clamp<index_t>(MOST_SUMS / sums, 2, MOST));
+}
 
 // da and db from the sums of the parts: dA^T and then every layer's dB^T, [rows, width] one after the other.
 void add_parts(const Group& group, const float* sums, index_t parts, index_t rows, index_t width) {
     index_t offset = rows * group.dim;
     for (index_t n = 0; n < group.count; offset += rows * group.layers[n++].outputs) {
         const Layer& layer = group.layers[n];
+        index_t first = group.first_rank(n);
+#pragma omp for schedule(static)
         for (index_t r = 0; r < layer.rank; ++r) {
             float* da = layer.da + r * group.dim;
             std::fill(da, da + group.dim, 0.0f);
             for (index_t part = 0; part < parts; ++part) {
-                const float* from = sums + part * rows * width + (group.first_rank(n) + r) * group.dim;
+                const float* from = sums + part * rows * width + (first + r) * group.dim;
                 for (index_t d = 0; d < group.dim; ++d) da[d] += from[d];
             }
             for (index_t o = 0; o < layer.outputs; ++o) {
                 float sum = 0.0f;
                 for (index_t part = 0; part < parts; ++part)
-                    sum += sums[part * rows * width + offset + (group.first_rank(n) + r) * layer.outputs + o];
+                    sum += sums[part * rows * width + offset + (first + r) * layer.outputs + o];
                 layer.db[o * layer.rank + r] = layer.scale * sum;
             }
         }
@@ -207,10 +213,9 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
     for (index_t n = 0; n < count; width += layers[n++].outputs) down.emplace_back(layers[n].outputs * ranks);
     Matrix up = all_a(group), dxa(tokens * ranks);
     const std::vector<Weight> weights = dx ? group.weights() : std::vector<Weight>();
-    index_t part_tiles = (tokens / TILE + PARTS - 1) / PARTS, parts = (tokens / TILE + part_tiles - 1) / part_tiles;
+    index_t rows = (used + 15) / 16 * 16, tiles = tokens / TILE, parts = parts_of(tiles, rows * width);
     // Kept from call to call: fresh memory costs its page faults, as long as the sums themselves.
     static thread_local std::vector<float> kept;
-    index_t rows = (used + 15) / 16 * 16;
     if (static_cast<index_t>(kept.size()) < parts * rows * width) kept.resize(parts * rows * width);
     float* sums = kept.data();
     std::vector<Operand> operands;
@@ -228,7 +233,7 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
 #pragma omp for schedule(static)
         for (index_t part = 0; part < parts; ++part) {
             std::fill(sums + part * rows * width, sums + (part + 1) * rows * width, 0.0f);
-            for (index_t tile = part * part_tiles; tile < (part + 1) * part_tiles && tile < tokens / TILE; ++tile) {
+            for (index_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
                 index_t token = tile * TILE;
                 for (index_t n = 0; n < count; ++n)
                     reduce_tile(layers[n].y + token * layers[n].outputs, layers[n].outputs, down[n].data(), ranks,
@@ -256,9 +261,9 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
             };
             product(operands, tokens, first, last, pack, store);
         }
+        add_parts(group, sums, parts, rows, width);
         _tile_release();
     }
-    add_parts(group, sums, parts, rows, width);
 }
 }
 #endif
