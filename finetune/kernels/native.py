@@ -73,7 +73,7 @@ def traced() -> Iterator[None]:
 
 
 def has_amx() -> bool:
-    """Whether the kernels that need AMX can run here: attention and the loss."""
+    """Whether the kernels that need AMX can run here: attention, the loss and linear layers with LoRA."""
     return library() is not None and _amx_granted()
 
 

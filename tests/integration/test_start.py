@@ -37,7 +37,7 @@ def test_a_start_imports_nothing_for_nothing_and_quantizes_once(folder: Path, tm
         subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
         for _ in range(2)
     )
-    assert "to nf4 in" in first.stderr and "to nf4 in" not in second.stderr
+    assert "to nf4, once" in first.stderr and "to nf4, once" not in second.stderr
     modules = json.loads(second.stdout.splitlines()[0])
     assert "torch" in modules and not set(SLOW) & set(modules)
     assert "Failed to load" not in second.stderr  # advice of bitsandbytes
