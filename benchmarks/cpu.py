@@ -18,9 +18,10 @@ RULE = "Rule {}: read the question twice, write each step on a line of its own, 
 SYSTEM = "".join(RULE.format(number) for number in range(1, 17))
 
 
-def write_recipe(folder: Path, name: str, arguments: argparse.Namespace, system: str | None) -> Path:
-    """LoRA r=8 on GSM8K: eight samples a step in 1,024-token rows, or sixteen in 4,096 with a prefix to share."""
-    max_tokens, batch = (1024, 8) if system is None else (4096, 16)
+def write_recipe(
+    folder: Path, name: str, arguments: argparse.Namespace, system: str | None, max_tokens: int, batch: int
+) -> Path:
+    """LoRA r=8 on GSM8K, `batch` samples a step in rows of `max_tokens`."""
     recipe: dict[str, Any] = {
         "name": name,
         "output_dir": str(folder / "runs"),
@@ -69,11 +70,13 @@ def main() -> None:
         folder = Path(name)
         size = {"steps": arguments.steps, "rounds": arguments.rounds}
         if "prefix" in chosen:
-            recipe = write_recipe(folder, "prefix", arguments, SYSTEM)
-            report = bench_training(recipe, [], ["isolated", "shared_prefix"], **size)
-            print(line("system prompt of 400 tokens: `shared_prefix` against `isolated`", report), flush=True)
+            for max_tokens, batch in ((4096, 16), (8192, 32)):
+                recipe = write_recipe(folder, f"prefix{batch}", arguments, SYSTEM, max_tokens, batch)
+                report = bench_training(recipe, [], ["isolated", "shared_prefix"], **size)
+                title = f"system prompt of 400 tokens, {batch} samples a step: `shared_prefix` against `isolated`"
+                print(line(title, report), flush=True)
         if "nf4" in chosen:
-            recipe = write_recipe(folder, "nf4", arguments, None)
+            recipe = write_recipe(folder, "nf4", arguments, None, 1024, 8)
             report = bench_training(recipe, [], ["bf16", "nf4"], **size)
             print(line("NF4 against bf16", report), flush=True)
 
