@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -149,8 +150,12 @@ def _built() -> Path:
 
 def _compile(compiler: str, sources: list[Path], path: Path) -> None:
     objects = [path.with_name(f"{source.stem}.o") for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        _call(compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source, "-o", target)
+    with ThreadPoolExecutor() as pool:
+        commands = [
+            (compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source, "-o", target)
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(lambda command: _call(*command), commands))
     # torch's own OpenMP by its path: a second one would have threads of its own that wait for the same cores.
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     _call(compiler, "-shared", *objects, openmp[0] if openmp else "-fopenmp", "-o", path)

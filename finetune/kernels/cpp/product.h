@@ -30,11 +30,12 @@ static inline bf16* scratch(index_t elements) {
     return reinterpret_cast<bf16*>((reinterpret_cast<std::uintptr_t>(kept.data()) + 63) / 64 * 64);
 }
 
-// Steps of one operand within a block: `left` is their first column, `panel` where their panels begin in a strip's.
+// Steps of one operand within a block: `left` is their first column, `panel` where their panels begin in a strip's. The
+// last piece of a block ends it.
 struct Piece {
     const bf16* left;
     index_t stride, steps, panel;
-    bool begins, ends;
+    bool ends;
 };
 
 static inline std::vector<Piece> pieces_of(const std::vector<Operand>& operands) {
@@ -46,8 +47,8 @@ static inline std::vector<Piece> pieces_of(const std::vector<Operand>& operands)
         for (index_t step = 0; step < operand.depth / TILE;) {
             index_t end = total * (block + 1) / blocks;
             index_t steps = std::min(operand.depth / TILE - step, end - done);
-            pieces.push_back({operand.rows + step * TILE, operand.stride, steps, done * PANEL,
-                              done == total * block / blocks, done + steps == end});
+            pieces.push_back(
+                {operand.rows + step * TILE, operand.stride, steps, done * PANEL, done + steps == end});
             step += steps;
             done += steps;
             if (done == end) ++block;
