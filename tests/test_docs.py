@@ -22,7 +22,8 @@ README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data").rglob("*.md")])
 # What a path in the prose may be relative to: the repository, or the package.
 BASES = (ROOT, ROOT / "finetune")
-TOP = {path.name for base in BASES for path in base.iterdir()}
+# `runs/` is there only after a run, whose names are a reader's own.
+TOP = {path.name for base in BASES for path in base.iterdir()} - {"runs"}
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
