@@ -72,18 +72,8 @@ class _NativeCrossEntropy(torch.autograd.Function):
         hidden = F.pad(hidden_ND, (0, 0, 0, -count % native.TILE))
         grad = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         losses = torch.empty(count)
-        native.call(
-            "cross_entropy",
-            hidden,
-            weight_VD,
-            targets_N.contiguous(),
-            losses,
-            grad,
-            len(hidden),
-            count,
-            vocab_size,
-            dim,
-        )
+        sizes = (len(hidden), count, vocab_size, dim)
+        native.call("cross_entropy", hidden, weight_VD, targets_N.contiguous(), losses, grad, *sizes)
         if grad is not None:
             ctx.save_for_backward(grad[:count].to(hidden_ND.dtype))
         return losses.sum()

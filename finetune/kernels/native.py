@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,8 @@ def _built() -> Path:
 def _compile(compiler: str, sources: list[Path], path: Path) -> None:
     objects = [path.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor() as pool:
-        commands = [
-            (compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source, "-o", target)
-            for source, target in zip(sources, objects, strict=True)
-        ]
-        list(pool.map(lambda command: _call(*command), commands))
+        one = partial(_call, compiler, *FLAGS, "-fopenmp", "-fPIC", "-o")
+        list(pool.map(one, objects, repeat("-c"), sources))
     # torch's own OpenMP by its path: a second one would have threads of its own that wait for the same cores.
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     _call(compiler, "-shared", *objects, openmp[0] if openmp else "-fopenmp", "-o", path)

@@ -12,15 +12,13 @@ import math
 import warnings
 from collections.abc import Sequence
 
-import bitsandbytes  # noqa: F401
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
 __all__ = ["dequantize_4bit"]
 
-_OPERATION = "bitsandbytes::dequantize_4bit"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_theirs = torch.library.get_kernel(_OPERATION, "CPU")
+_theirs = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
 _library = torch.library.Library("bitsandbytes", "IMPL")
 
 

@@ -64,6 +64,6 @@ def _import_bitsandbytes() -> None:
 
     torch.compile = compile_when_called  # type: ignore[assignment]
     try:
-        import finetune.models.four_bit  # noqa: F401
+        import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compile_now

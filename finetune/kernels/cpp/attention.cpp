@@ -98,8 +98,8 @@ void attention_forward(const Row* shape, const Heads* q, const Heads* k, const H
                     const index_t* tiles = list.data() + from;
                     for (index_t n = 0; n < count; n += 2) {
                         index_t next = std::min(n + 1, count - 1);
-                        scores(row, {k->at(kv, tiles[n] * TILE), queries, score + n * PANEL}, k->token_stride,
-                               {k->at(kv, tiles[next] * TILE), queries, score + next * PANEL}, k->token_stride);
+                        scores(row, {k->at(kv, tiles[n] * TILE), k->token_stride, queries, score + n * PANEL},
+                               {k->at(kv, tiles[next] * TILE), k->token_stride, queries, score + next * PANEL});
                     }
                     exponentials(row, tile, tiles, count, score, known, sums, from == 0, weights);
                     weigh(row, tiles, count, packed + kv * row.head_size(), weights, sums, from > 0);
@@ -108,12 +108,12 @@ void attention_forward(const Row* shape, const Heads* q, const Heads* k, const H
                 __m512 inverse[2] = {_mm512_div_ps(one, known.sum[0]), _mm512_div_ps(one, known.sum[1])};
                 store_transposed(row, sums, inverse, out + (tile * TILE * row.heads + head) * row.dim,
                                  row.heads * row.dim);
-                float* to = lse + head * row.tokens + tile * TILE;
-                for (index_t half = 0; half < 2; ++half) _mm512_storeu_ps(to + half * 16, known.sum[half]);
-                for (index_t i = 0; i < TILE; ++i) to[i] = std::log2(to[i]);
-                for (index_t half = 0; half < 2; ++half)
-                    _mm512_storeu_ps(to + half * 16,
-                                     _mm512_add_ps(_mm512_loadu_ps(to + half * 16), known.reference[half]));
+                for (index_t half = 0; half < 2; ++half) {
+                    float* to = lse + head * row.tokens + tile * TILE + half * 16;
+                    _mm512_storeu_ps(to, known.sum[half]);
+                    for (index_t i = 0; i < 16; ++i) to[i] = std::log2(to[i]);
+                    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), known.reference[half]));
+                }
             }
         _tile_release();
     }

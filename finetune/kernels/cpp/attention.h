@@ -68,29 +68,33 @@ std::vector<index_t> visited(const Row& row, index_t tile, bool by_keys) {
     return list;
 }
 
-// A tile of a head's rows, its panels on the other side, and where the scores [32, 32] go (fp32).
+// A tile of a head's rows, `stride` elements apart, its panels on the other side, and where the scores [32, 32] go
+// (fp32).
 struct Pair {
-    const bf16 *rows, *columns;
+    const bf16* rows;
+    index_t stride;
+    const bf16* columns;
     float* out;
 };
 
-// Half of a pair's scores, 16 keys by 32 queries, into tile registers 0 and 1, or 2 and 3.
-inline void upper_half(const Row& row, const Pair& pair, index_t bytes) {
+// Half of a pair's scores, 16 keys by 32 queries, into tile registers 0 and 1, or 2 and 3: their numbers are parts of
+// the instructions, so each half is written out.
+inline void upper_half(const Row& row, const Pair& pair) {
     _tile_zero(0);
     _tile_zero(1);
     for (index_t k = 0; k < row.chunks(); ++k) {
-        _tile_loadd(4, pair.rows + k * TILE, bytes);
+        _tile_loadd(4, pair.rows + k * TILE, pair.stride * 2);
         _tile_loadd(6, pair.columns + k * PANEL, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, pair.columns + k * PANEL + PANEL / 2, 64);
         _tile_dpbf16ps(1, 4, 7);
     }
 }
-inline void lower_half(const Row& row, const Pair& pair, index_t bytes) {
+inline void lower_half(const Row& row, const Pair& pair) {
     _tile_zero(2);
     _tile_zero(3);
     for (index_t k = 0; k < row.chunks(); ++k) {
-        _tile_loadd(5, pair.rows + 8 * bytes + k * TILE, bytes);
+        _tile_loadd(5, pair.rows + 16 * pair.stride + k * TILE, pair.stride * 2);
         _tile_loadd(6, pair.columns + k * PANEL, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_loadd(7, pair.columns + k * PANEL + PANEL / 2, 64);
@@ -100,15 +104,15 @@ inline void lower_half(const Row& row, const Pair& pair, index_t bytes) {
 
 // The scores of two pairs. So few steps of depth would wait for each other: a half is stored while the next is
 // computed.
-void scores(const Row& row, const Pair& first, index_t first_stride, const Pair& second, index_t second_stride) {
-    upper_half(row, first, first_stride * 2);
-    lower_half(row, first, first_stride * 2);
+void scores(const Row& row, const Pair& first, const Pair& second) {
+    upper_half(row, first);
+    lower_half(row, first);
     _tile_stored(0, first.out, 128);
     _tile_stored(1, first.out + 16, 128);
-    upper_half(row, second, second_stride * 2);
+    upper_half(row, second);
     _tile_stored(2, first.out + PANEL / 2, 128);
     _tile_stored(3, first.out + PANEL / 2 + 16, 128);
-    lower_half(row, second, second_stride * 2);
+    lower_half(row, second);
     _tile_stored(0, second.out, 128);
     _tile_stored(1, second.out + 16, 128);
     _tile_stored(2, second.out + PANEL / 2, 128);

@@ -29,14 +29,15 @@ void query_gradients(const Row& row, const Heads& k, const Heads& v, const Packe
     for (index_t head = 0; head < row.heads; ++head)
         for (index_t tile = 0; tile < row.tiles(); ++tile) {
             std::vector<index_t> list = visited(row, tile, false);
-            index_t kv = row.kv_of(head), total = static_cast<index_t>(list.size()), query = tile * TILE;
-            index_t own = head * row.head_size() + tile * TILE * row.dim;
+            index_t kv = row.kv_of(head), total = static_cast<index_t>(list.size()), first = tile * TILE;
+            index_t own = head * row.head_size() + first * row.dim;
             for (index_t n = 0; n < total; ++n) {
-                scores(row, {k.at(kv, list[n] * TILE), packed.queries_t + own, score}, k.token_stride,
-                       {v.at(kv, list[n] * TILE), packed.grads_t + own, d_prob}, v.token_stride);
+                scores(row, {k.at(kv, list[n] * TILE), k.token_stride, packed.queries_t + own, score},
+                       {v.at(kv, list[n] * TILE), v.token_stride, packed.grads_t + own, d_prob});
                 bool partial = row.visits[tile * row.tiles() + list[n]] == 2;
                 bf16* panel = d_scores + n % BLOCK * PANEL;
-                for (index_t half = 0; half < 2; ++half, query += 16) {
+                for (index_t half = 0; half < 2; ++half) {
+                    index_t query = first + half * 16;
                     __m512 own_lse = _mm512_loadu_ps(lse + head * row.tokens + query);
                     __m512 own_delta = _mm512_loadu_ps(delta + head * row.tokens + query);
                     for (index_t key = 0; key < TILE; key += 2) {
@@ -48,14 +49,13 @@ void query_gradients(const Row& row, const Heads& k, const Heads& v, const Packe
                         store_pair(panel + half * (PANEL / 2) + key * 16, at(0), at(1));
                     }
                 }
-                query -= TILE;
                 index_t count = n % BLOCK + 1;
                 if (count == BLOCK || n + 1 == total)
                     weigh(row, list.data() + n + 1 - count, count, packed.keys + kv * row.head_size(), d_scores, sums,
                           n + 1 > count);
             }
             __m512 scale[2] = {_mm512_set1_ps(row.scale), _mm512_set1_ps(row.scale)};
-            store_transposed(row, sums, scale, dq + (query * row.heads + head) * row.dim, row.heads * row.dim);
+            store_transposed(row, sums, scale, dq + (first * row.heads + head) * row.dim, row.heads * row.dim);
         }
 }
 
@@ -90,8 +90,8 @@ void key_gradients(const Row& row, const Heads& k, const Heads& v, const Packed&
             for (index_t head = kv * group; head < (kv + 1) * group; ++head)
                 for (index_t n = 0; n < total; ++n) {
                     index_t query = list[n] * TILE, offset = head * row.head_size() + query * row.dim;
-                    scores(row, {k.at(kv, tile * TILE), packed.queries_t + offset, score}, k.token_stride,
-                           {v.at(kv, tile * TILE), packed.grads_t + offset, d_prob}, v.token_stride);
+                    scores(row, {k.at(kv, tile * TILE), k.token_stride, packed.queries_t + offset, score},
+                           {v.at(kv, tile * TILE), v.token_stride, packed.grads_t + offset, d_prob});
                     bool partial = row.visits[list[n] * row.tiles() + tile] == 2;
                     index_t first = head * row.tokens + query;
                     bf16 *prob = probs + n % BLOCK * PANEL, *d_score = d_scores + n % BLOCK * PANEL;

@@ -18,11 +18,12 @@ struct Layer {
     float *da, *db;        // as a and b
     index_t rank, outputs;
     float scale;
+    bf16 scaled_b(index_t output, index_t r) const { return to_bf16(scale * b[output * rank + r]); }
 };
 
 struct Group {
     const Layer* layers;
-    index_t count, tokens, dim;
+    index_t count, dim;
     // Where a layer's ranks begin, and after the last layer how many there are.
     index_t first_rank(index_t layer) const {
         index_t sum = 0;
@@ -66,7 +67,7 @@ void pack_b_transposed(const Layer& layer, index_t first, index_t output, index_
     std::fill(panel, panel + PANEL, bf16(0));
     for (index_t r = std::max(first, from); r < std::min(first + layer.rank, from + TILE); ++r)
         for (index_t o = 0; o < TILE; ++o)
-            panel[in_panel(r - from, o)] = to_bf16(layer.scale * layer.b[(output + o) * layer.rank + r - first]);
+            panel[in_panel(r - from, o)] = layer.scaled_b(output + o, r - first);
 }
 
 // Panels of scale * B: 32 outputs of a layer by all ranks.
@@ -74,8 +75,7 @@ void pack_b(const Layer& layer, index_t first, index_t output, index_t ranks, bf
     std::fill(panels, panels + TILE * ranks, bf16(0));
     for (index_t o = 0; o < TILE; ++o)
         for (index_t r = first; r < first + layer.rank; ++r)
-            panels[r / TILE * PANEL + in_panel(o, r % TILE)] =
-                to_bf16(layer.scale * layer.b[(output + o) * layer.rank + r - first]);
+            panels[r / TILE * PANEL + in_panel(o, r % TILE)] = layer.scaled_b(output + o, r - first);
 }
 
 // out [32, R] (fp32) = or += v [32, N] times panels [N, R] for a tile of tokens, as far as there are ranks.
@@ -113,9 +113,8 @@ void transpose_ranks(const bf16* u, index_t ranks, bf16* out) {
 
 void store_tile(const float* sums, const bf16* bias, bf16* y, index_t stride) {
     __m512 left = bias ? load_bf16(bias) : _mm512_setzero_ps(), right = bias ? load_bf16(bias + 16) : left;
-    for (index_t i = 0; i < TILE; ++i, sums += TILE, y += stride) {
+    for (index_t i = 0; i < TILE; ++i, sums += TILE, y += stride)
         store_bf16(y, _mm512_add_ps(_mm512_loadu_ps(sums), left), _mm512_add_ps(_mm512_loadu_ps(sums + 16), right));
-    }
 }
 
 // This thread's share of `count` panels.
@@ -165,7 +164,7 @@ extern "C" {
 // Every layer's y; xa [T, R] is kept for the backward pass.
 void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, index_t tokens, index_t dim,
                   int threads) {
-    Group group{layers, count, tokens, dim};
+    Group group{layers, count, dim};
     index_t ranks = group.ranks(), used = group.used(), panels = 0;
     Matrix a = all_a(group), down(ranks * dim);
     const std::vector<Weight> weights = group.weights();
@@ -207,7 +206,7 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
 // From every layer's dy: da, db and dx [T, D] (which may be null).
 void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx, index_t count, index_t tokens,
                    index_t dim, int threads) {
-    Group group{layers, count, tokens, dim};
+    Group group{layers, count, dim};
     index_t ranks = group.ranks(), used = group.used(), width = dim;
     std::vector<Matrix> down;
     for (index_t n = 0; n < count; width += layers[n++].outputs) down.emplace_back(layers[n].outputs * ranks);
