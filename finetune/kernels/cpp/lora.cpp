@@ -32,6 +32,20 @@ struct Group {
     }
     index_t used() const { return first_rank(count); }
     index_t ranks() const { return (used() + TILE - 1) / TILE * TILE; }
+    // Panels of all outputs, the layers' one after the other, and where one of them lies.
+    index_t panels() const {
+        index_t sum = 0;
+        for (index_t i = 0; i < count; ++i) sum += layers[i].outputs / TILE;
+        return sum;
+    }
+    struct Place {
+        index_t layer, output;
+    };
+    Place place_of(index_t panel) const {
+        index_t layer = 0;
+        for (; panel >= layers[layer].outputs / TILE; ++layer) panel -= layers[layer].outputs / TILE;
+        return {layer, panel * TILE};
+    }
     std::vector<Weight> weights() const {
         std::vector<Weight> out;
         for (index_t i = 0; i < count; ++i) {
@@ -111,10 +125,17 @@ void transpose_ranks(const bf16* u, index_t ranks, bf16* out) {
     for (index_t rank = 0; rank < ranks; rank += TILE) transpose_tile(u + rank, ranks, out + rank * TILE);
 }
 
-void store_tile(const float* sums, const bf16* bias, bf16* y, index_t stride) {
-    __m512 left = bias ? load_bf16(bias) : _mm512_setzero_ps(), right = bias ? load_bf16(bias + 16) : left;
-    for (index_t i = 0; i < TILE; ++i, sums += TILE, y += stride)
-        store_bf16(y, _mm512_add_ps(_mm512_loadu_ps(sums), left), _mm512_add_ps(_mm512_loadu_ps(sums + 16), right));
+// `count` finished tiles beside each other to y, past the caches: what a layer puts out is more than they hold, and a
+// store into them first reads the line from memory.
+void store_tiles(const float* sums, index_t count, const bf16* bias, bf16* y, index_t stride) {
+    for (index_t i = 0; i < TILE; ++i, y += stride)
+        for (index_t n = 0; n < count; ++n) {
+            const float* from = sums + n * PANEL + i * TILE;
+            __m512 left = _mm512_loadu_ps(from), right = _mm512_loadu_ps(from + 16);
+            if (bias) left = _mm512_add_ps(left, load_bf16(bias + n * TILE));
+            if (bias) right = _mm512_add_ps(right, load_bf16(bias + n * TILE + 16));
+            stream_bf16(y + n * TILE, left, right);
+        }
 }
 
 // This thread's share of `count` panels.
@@ -165,14 +186,14 @@ extern "C" {
 void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, index_t tokens, index_t dim,
                   int threads) {
     Group group{layers, count, dim};
-    index_t ranks = group.ranks(), used = group.used(), panels = 0;
+    index_t ranks = group.ranks(), used = group.used();
     Matrix a = all_a(group), down(ranks * dim);
     const std::vector<Weight> weights = group.weights();
-    for (index_t n = 0; n < count; ++n) panels += layers[n].outputs / TILE;
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
         std::vector<float> sums(TILE * ranks);
+        alignas(64) bf16 buffer[PANEL];
 #pragma omp for schedule(static)
         for (index_t column = 0; column < dim; column += TILE)
             for (index_t rank = 0; rank < ranks; rank += TILE)
@@ -182,23 +203,30 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
             reduce_tile(x + token * dim, dim, down.data(), ranks, used, sums.data(), false);
             round_rows(sums.data(), xa + token * ranks, TILE * ranks);
         }
-        auto [first, last] = share(panels);
-        for (index_t n = 0; n < count; first -= layers[n].outputs / TILE, last -= layers[n++].outputs / TILE) {
-            const Layer& layer = layers[n];
-            index_t rank = group.first_rank(n);
-            auto pack = [&](index_t panel, index_t operand, index_t step, bf16* to) {
-                if (operand > 0) return pack_b_transposed(layer, rank, panel * TILE, step * TILE, to);
-                alignas(64) bf16 buffer[PANEL];
-                auto [rows, stride] = weights[n].tile(panel * TILE, step * TILE, buffer);
-                pack_transposed(rows, stride, to);
-            };
-            auto store = [&](index_t panel, index_t token, const float* tile) {
-                store_tile(tile, layer.bias ? layer.bias + panel * TILE : nullptr,
-                           layer.y + token * layer.outputs + panel * TILE, layer.outputs);
-            };
-            product({{x, dim, dim}, {xa, ranks, ranks}}, tokens, std::max<index_t>(first, 0),
-                    std::min(last, layer.outputs / TILE), pack, store);
-        }
+        // A weight's rows are outputs here, its columns depth.
+        auto pack = [&](index_t panel, index_t panels, index_t operand, bf16* to, index_t stride) {
+            for (index_t last = panel + panels; panel < last; ++panel, to += stride) {
+                auto [n, output] = group.place_of(panel);
+                for (index_t from = 0; operand == 0 && from < dim; from += TILE) {
+                    auto [rows, apart] = weights[n].tile(output, from, buffer);
+                    pack_transposed(rows, apart, to + from * TILE);
+                }
+                for (index_t from = 0; operand == 1 && from < ranks; from += TILE)
+                    pack_b_transposed(layers[n], group.first_rank(n), output, from, to + from * TILE);
+            }
+        };
+        auto store = [&](index_t panel, index_t panels, index_t token, const float* sums) {
+            for (index_t last = panel + panels, some; panel < last; panel += some, sums += some * PANEL) {
+                auto [n, output] = group.place_of(panel);
+                const Layer& layer = layers[n];
+                some = std::min(last - panel, (layer.outputs - output) / TILE);
+                store_tiles(sums, some, layer.bias ? layer.bias + output : nullptr,
+                            layer.y + token * layer.outputs + output, layer.outputs);
+            }
+        };
+        auto [first, last] = share(group.panels());
+        product({{x, dim, dim}, {xa, ranks, ranks}}, tokens, first, last, pack, store);
+        _mm_sfence();  // outputs passed the caches
         _tile_release();
     }
 }
@@ -225,6 +253,7 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
         configure_tiles();
         std::vector<float> dxa_sums(TILE * ranks);
         Matrix xa_t(TILE * ranks), dxa_t(TILE * ranks);
+        alignas(64) bf16 buffer[PANEL];
         for (index_t n = 0; n < count; ++n)
 #pragma omp for schedule(static)
             for (index_t output = 0; output < layers[n].outputs; output += TILE)
@@ -249,18 +278,24 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
         }
         if (dx) {
             auto [first, last] = share(dim / TILE);
-            auto pack = [&](index_t panel, index_t operand, index_t step, bf16* to) {
-                alignas(64) bf16 buffer[PANEL];
-                Weight::Tile from{up.data() + step * TILE * dim + panel * TILE, dim};
-                if (operand < count) from = weights[operand].tile(step * TILE, panel * TILE, buffer);
-                pack_straight(from.rows, from.stride, to);
+            // Its rows are depth: read along them, or each line of memory is fetched for one panel only.
+            auto pack = [&](index_t panel, index_t panels, index_t operand, bf16* to, index_t stride) {
+                index_t depth = operands[operand].depth;
+                for (index_t output = 0; output < depth; output += TILE, to += PANEL)
+                    for (index_t n = 0; n < panels; ++n) {
+                        index_t column = (panel + n) * TILE;
+                        Weight::Tile from{up.data() + output * dim + column, dim};
+                        if (operand < count) from = weights[operand].tile(output, column, buffer);
+                        pack_straight(from.rows, from.stride, to + n * stride);
+                    }
             };
-            auto store = [&](index_t panel, index_t token, const float* tile) {
-                store_tile(tile, nullptr, dx + token * dim + panel * TILE, dim);
+            auto store = [&](index_t panel, index_t panels, index_t token, const float* sums) {
+                store_tiles(sums, panels, nullptr, dx + token * dim + panel * TILE, dim);
             };
             product(operands, tokens, first, last, pack, store);
         }
         add_parts(group, sums, parts, rows, width);
+        _mm_sfence();  // outputs passed the caches
         _tile_release();
     }
 }
