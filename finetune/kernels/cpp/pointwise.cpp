@@ -1,6 +1,9 @@
 // RMSNorm, SwiGLU and rotary embedding over rows of bf16, one pass over memory each.
 #include "common.h"
 #include <cmath>
+#ifdef __AVX512BF16__
+#include "avx512.h"
+#endif
 
 // The unit in which threads share long arrays.
 constexpr index_t BLOCK = 4096;
@@ -44,9 +47,17 @@ void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* weight, const 
 void silu_mul_forward(const bf16* gate, const bf16* up, bf16* y, index_t count, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t start = 0; start < count; start += BLOCK) {
-        index_t stop = start + BLOCK < count ? start + BLOCK : count;
-#pragma omp simd
-        for (index_t i = start; i < stop; ++i) {
+        index_t stop = start + BLOCK < count ? start + BLOCK : count, i = start;
+#ifdef __AVX512BF16__
+        for (; i + 32 <= stop; i += 32) {
+            auto product = [&](index_t at) {
+                __m512 g = load_bf16(gate + at);
+                return _mm512_mul_ps(_mm512_mul_ps(g, load_bf16(up + at)), sigmoid16(g));
+            };
+            store_bf16(y + i, product(i), product(i + 16));
+        }
+#endif
+        for (; i < stop; ++i) {
             float g = to_float(gate[i]);
             y[i] = to_bf16(g * to_float(up[i]) * sigmoid(g));
         }
@@ -57,9 +68,23 @@ void silu_mul_backward(const bf16* dy, const bf16* gate, const bf16* up, bf16* d
                        int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t start = 0; start < count; start += BLOCK) {
-        index_t stop = start + BLOCK < count ? start + BLOCK : count;
-#pragma omp simd
-        for (index_t i = start; i < stop; ++i) {
+        index_t stop = start + BLOCK < count ? start + BLOCK : count, i = start;
+#ifdef __AVX512BF16__
+        __m512 one = _mm512_set1_ps(1.0f);
+        for (; i + 32 <= stop; i += 32) {
+            __m512 dg[2], du[2];
+            for (index_t half = 0; half < 2; ++half) {
+                index_t at = i + 16 * half;
+                __m512 g = load_bf16(gate + at), s = sigmoid16(g), scaled = _mm512_mul_ps(load_bf16(dy + at), s);
+                __m512 slope = _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one);
+                dg[half] = _mm512_mul_ps(_mm512_mul_ps(scaled, load_bf16(up + at)), slope);
+                du[half] = _mm512_mul_ps(scaled, g);
+            }
+            store_bf16(d_gate + i, dg[0], dg[1]);
+            store_bf16(d_up + i, du[0], du[1]);
+        }
+#endif
+        for (; i < stop; ++i) {
             float g = to_float(gate[i]), d = to_float(dy[i]), s = sigmoid(g);
             d_gate[i] = to_bf16(d * to_float(up[i]) * s * (1.0f + g * (1.0f - s)));
             d_up[i] = to_bf16(d * g * s);
