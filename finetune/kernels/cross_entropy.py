@@ -69,13 +69,13 @@ class _NativeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, targets_N, weight_VD):  # type: ignore[no-untyped-def]
         (count, dim), vocab_size = hidden_ND.shape, weight_VD.shape[0]
-        hidden = F.pad(hidden_ND, (0, 0, 0, -count % native.TILE))
-        grad = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(count)
-        sizes = (len(hidden), count, vocab_size, dim)
-        native.call("cross_entropy", hidden, weight_VD, targets_N.contiguous(), losses, grad, *sizes)
-        if grad is not None:
-            ctx.save_for_backward(grad[:count].to(hidden_ND.dtype))
+        losses, grad, sums = torch.empty(count), None, None
+        if ctx.needs_input_grad[0]:
+            grad = torch.empty_like(hidden_ND)
+            sums = torch.empty(count + -count % native.TILE, dim, dtype=torch.float32)
+            ctx.save_for_backward(grad)
+        tensors = (hidden_ND, weight_VD, targets_N.contiguous(), losses, grad, sums)
+        native.call("cross_entropy", *tensors, count, vocab_size, dim)
         return losses.sum()
 
     @staticmethod

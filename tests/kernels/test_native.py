@@ -151,11 +151,13 @@ def no_head(part: torch.Tensor) -> torch.Tensor:
 
 
 @needs_amx
-@pytest.mark.parametrize(("tokens", "vocab"), [(1, 7), (32, 256), (75, 1000), (40, 513)])
-def test_cross_entropy(tokens: int, vocab: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "dim"), [(1, 7, 96), (32, 256, 32), (75, 1000, 96), (40, 513, 96), (33, 1300, 2080)], ids=str
+)
+def test_cross_entropy(tokens: int, vocab: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, 96, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(vocab, 96, generator=generator).bfloat16()
+    hidden = torch.randn(tokens, dim, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(vocab, dim, generator=generator).bfloat16()
     targets = torch.randint(0, vocab, (tokens,), generator=generator)
     loss = chunked_cross_entropy(hidden, targets, no_head, [], vocab, weight)
     (got,) = torch.autograd.grad(loss * 0.5, hidden)
@@ -193,6 +195,31 @@ def test_cross_entropy_of_tokens_that_are_almost_sure(order: str) -> None:
     assert all(relative(got[row, 1:], want[row, 1:]) < BF16 for row in (1, 2))
     with torch.no_grad():
         assert chunked_cross_entropy(hidden, targets, no_head, [], vocab, weight).item() == loss.item()
+
+
+@needs_amx
+@pytest.mark.parametrize("level", [-300.0, 300.0])
+def test_cross_entropy_of_logits_far_from_zero(level: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 64, generator=generator), torch.randn(700, 64, generator=generator) * 0.3
+    hidden[:, 0], weight[:, 0] = 1.0, level
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16()
+    loss = chunked_cross_entropy(hidden, torch.arange(40), no_head, [], 700, weight)
+    (got,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    want = F.cross_entropy(exact @ weight.double().t(), torch.arange(40), reduction="sum")
+    assert abs(loss.item() - want.item()) <= 1e-5 * want.item()
+    assert relative(got[:, 1:], torch.autograd.grad(want, exact)[0][:, 1:]) < BF16
+
+
+@needs_amx
+def test_cross_entropy_of_one_word() -> None:
+    hidden = torch.ones(2, 32, dtype=torch.bfloat16).requires_grad_()
+    loss = chunked_cross_entropy(
+        hidden, torch.zeros(2, dtype=torch.int64), no_head, [], 1, torch.ones(1, 32).bfloat16()
+    )
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == 0.0 and torch.equal(grad, torch.zeros_like(grad))
 
 
 @needs_amx
