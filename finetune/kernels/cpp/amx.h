@@ -119,8 +119,8 @@ static inline void pack_straight(const bf16* x, index_t stride, bf16* panel) {
     }
 }
 
-// xT [32][32] of 32 rows of x and 32 of its columns: a left operand.
-static inline void transpose_tile(const bf16* x, index_t stride, bf16* out) {
+// xT [32, 32] of 32 rows of x and 32 of its columns: a left operand.
+static inline void transpose_into(const bf16* x, index_t stride, bf16* out, index_t out_stride) {
     alignas(64) bf16 panel[PANEL];
     pack_transposed(x, stride, panel);
     alignas(64) std::uint16_t index[32];
@@ -129,11 +129,13 @@ static inline void transpose_tile(const bf16* x, index_t stride, bf16* out) {
     for (index_t pair = 0; pair < 16; ++pair) {
         __m512i first = _mm512_load_si512(panel + pair * TILE);
         __m512i second = _mm512_load_si512(panel + PANEL / 2 + pair * TILE);
-        _mm512_storeu_si512(out + 2 * pair * TILE, _mm512_permutex2var_epi16(first, evens, second));
-        _mm512_storeu_si512(out + (2 * pair + 1) * TILE,
+        _mm512_storeu_si512(out + 2 * pair * out_stride, _mm512_permutex2var_epi16(first, evens, second));
+        _mm512_storeu_si512(out + (2 * pair + 1) * out_stride,
                             _mm512_permutex2var_epi16(first, _mm512_add_epi16(evens, _mm512_set1_epi16(1)), second));
     }
 }
+
+static inline void transpose_tile(const bf16* x, index_t stride, bf16* out) { transpose_into(x, stride, out, TILE); }
 
 // A row of a panel: sixteen columns of two rows of depth, each column's two side by side.
 static inline void store_pair(bf16* out, __m512 even, __m512 odd) {

@@ -52,3 +52,5 @@ static inline __m512 load_bf16(const bf16* in) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+
+static inline __m512i counting() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }

@@ -18,7 +18,6 @@ struct Layer {
     float *da, *db;        // as a and b
     index_t rank, outputs;
     float scale;
-    bf16 scaled_b(index_t output, index_t r) const { return to_bf16(scale * b[output * rank + r]); }
 };
 
 struct Group {
@@ -71,25 +70,19 @@ Matrix all_a(const Group& group) {
     return out;
 }
 
-// Where element [depth, column] of a panel lies, for the depth and the columns of one tile.
-index_t in_panel(index_t depth, index_t column) {
-    return column / 16 * (PANEL / 2) + depth / 2 * TILE + column % 16 * 2 + depth % 2;
-}
-
-// A panel of (scale * B)^T: 32 outputs of a layer, the 32 ranks from `from` on, of which the layer's begin at `first`.
-void pack_b_transposed(const Layer& layer, index_t first, index_t output, index_t from, bf16* panel) {
-    std::fill(panel, panel + PANEL, bf16(0));
-    for (index_t r = std::max(first, from); r < std::min(first + layer.rank, from + TILE); ++r)
-        for (index_t o = 0; o < TILE; ++o)
-            panel[in_panel(r - from, o)] = layer.scaled_b(output + o, r - first);
-}
-
-// Panels of scale * B: 32 outputs of a layer by all ranks.
-void pack_b(const Layer& layer, index_t first, index_t output, index_t ranks, bf16* panels) {
-    std::fill(panels, panels + TILE * ranks, bf16(0));
-    for (index_t o = 0; o < TILE; ++o)
-        for (index_t r = first; r < first + layer.rank; ++r)
-            panels[r / TILE * PANEL + in_panel(o, r % TILE)] = layer.scaled_b(output + o, r - first);
+// scale * B of 32 outputs of a layer, [32][32]: the ranks from `from` on, of which the layer's begin at `first`.
+void scaled_b(const Layer& layer, index_t first, index_t output, index_t from, bf16* out) {
+    __m512 scale = _mm512_set1_ps(layer.scale), half[2];
+    for (index_t o = 0; o < TILE; ++o) {
+        for (index_t i = 0; i < 2; ++i) {
+            index_t rank = from + 16 * i - first;
+            __m512i ranks = _mm512_add_epi32(counting(), _mm512_set1_epi32(static_cast<int>(rank)));
+            __mmask16 own = _mm512_cmpge_epi32_mask(ranks, _mm512_setzero_si512()) &
+                            _mm512_cmplt_epi32_mask(ranks, _mm512_set1_epi32(static_cast<int>(layer.rank)));
+            half[i] = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(own, layer.b + (output + o) * layer.rank + rank));
+        }
+        store_bf16(out + o * TILE, half[0], half[1]);
+    }
 }
 
 // out [32, R] (fp32) = or += v [32, N] times panels [N, R] for a tile of tokens, as far as there are ranks.
@@ -104,25 +97,32 @@ void reduce_tile(const bf16* v, index_t width, const bf16* panels, index_t ranks
     }
 }
 
-// sums [R, N] += uT [R, 32] times v [32, N] for a tile of tokens.
-void outer_tile(const bf16* u_t, index_t used, const bf16* v, index_t width, float* sums) {
-    alignas(64) bf16 panel[PANEL];
-    auto only = [&](index_t) { return panel; };
+// Tokens whose outer products are summed in registers: between them their sums wait in memory.
+constexpr index_t OUTER_ROWS = 128;
+
+// sums [R, N] = or += uT [R, T] times v [T, N] for some tiles of tokens, at most OUTER_ROWS.
+void outer_tiles(const bf16* u_t, index_t tiles, index_t used, const bf16* v, index_t width, float* sums,
+                 bool accumulate) {
+    alignas(64) bf16 panels[OUTER_ROWS * TILE];
+    auto panel = [&](index_t tile) { return panels + tile * PANEL; };
     for (index_t column = 0; column < width; column += TILE) {
-        pack_straight(v + column, width, panel);
+        for (index_t tile = 0; tile < tiles; ++tile) pack_straight(v + tile * TILE * width + column, width, panel(tile));
         for (index_t rank = 0; rank < used; rank += TILE) {
+            const bf16* rows = u_t + rank * OUTER_ROWS;
             float* out = sums + rank * width + column;
             if (used - rank <= 16)
-                multiply<true, false>(u_t + rank * TILE, TILE, 1, only, out, width, true);
+                multiply<true, false>(rows, OUTER_ROWS, tiles, panel, out, width, accumulate);
             else
-                multiply(u_t + rank * TILE, TILE, 1, only, out, width, true);
+                multiply(rows, OUTER_ROWS, tiles, panel, out, width, accumulate);
         }
     }
 }
 
-// uT [R, 32] of a tile of tokens u [32, R].
-void transpose_ranks(const bf16* u, index_t ranks, bf16* out) {
-    for (index_t rank = 0; rank < ranks; rank += TILE) transpose_tile(u + rank, ranks, out + rank * TILE);
+// uT [R, OUTER_ROWS] of some tiles of tokens u [T, R].
+void transpose_ranks(const bf16* u, index_t tiles, index_t ranks, bf16* out) {
+    for (index_t rank = 0; rank < ranks; rank += TILE)
+        for (index_t tile = 0; tile < tiles; ++tile)
+            transpose_into(u + tile * TILE * ranks + rank, ranks, out + rank * OUTER_ROWS + tile * TILE, OUTER_ROWS);
 }
 
 // `count` finished tiles beside each other to y, past the caches: what a layer puts out is more than they hold, and a
@@ -211,8 +211,10 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
                     auto [rows, apart] = weights[n].tile(output, from, buffer);
                     pack_transposed(rows, apart, to + from * TILE);
                 }
-                for (index_t from = 0; operand == 1 && from < ranks; from += TILE)
-                    pack_b_transposed(layers[n], group.first_rank(n), output, from, to + from * TILE);
+                for (index_t from = 0; operand == 1 && from < ranks; from += TILE) {
+                    scaled_b(layers[n], group.first_rank(n), output, from, buffer);
+                    pack_transposed(buffer, TILE, to + from * TILE);
+                }
             }
         };
         auto store = [&](index_t panel, index_t panels, index_t token, const float* sums) {
@@ -252,28 +254,34 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
     {
         configure_tiles();
         std::vector<float> dxa_sums(TILE * ranks);
-        Matrix xa_t(TILE * ranks), dxa_t(TILE * ranks);
+        Matrix xa_t(OUTER_ROWS * ranks), dxa_t(OUTER_ROWS * ranks);
         alignas(64) bf16 buffer[PANEL];
         for (index_t n = 0; n < count; ++n)
 #pragma omp for schedule(static)
             for (index_t output = 0; output < layers[n].outputs; output += TILE)
-                pack_b(layers[n], group.first_rank(n), output, ranks, down[n].data() + output * ranks);
+                for (index_t from = 0; from < ranks; from += TILE) {
+                    scaled_b(layers[n], group.first_rank(n), output, from, buffer);
+                    pack_straight(buffer, TILE, down[n].data() + output * ranks + from * TILE);
+                }
 #pragma omp for schedule(static)
         for (index_t part = 0; part < parts; ++part) {
-            std::fill(sums + part * rows * width, sums + (part + 1) * rows * width, 0.0f);
-            for (index_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-                index_t token = tile * TILE;
-                for (index_t n = 0; n < count; ++n)
-                    reduce_tile(layers[n].y + token * layers[n].outputs, layers[n].outputs, down[n].data(), ranks,
-                                used, dxa_sums.data(), n > 0);
-                round_rows(dxa_sums.data(), dxa.data() + token * ranks, TILE * ranks);
-                transpose_ranks(xa + token * ranks, ranks, xa_t.data());
-                transpose_ranks(dxa.data() + token * ranks, ranks, dxa_t.data());
+            index_t tile = tiles * part / parts, end = tiles * (part + 1) / parts;
+            for (bool more = false; tile < end; more = true) {
+                index_t some = std::min(OUTER_ROWS / TILE, end - tile), token = tile * TILE;
+                for (index_t last = tile + some; tile < last; ++tile) {
+                    for (index_t n = 0; n < count; ++n)
+                        reduce_tile(layers[n].y + tile * TILE * layers[n].outputs, layers[n].outputs, down[n].data(),
+                                    ranks, used, dxa_sums.data(), n > 0);
+                    round_rows(dxa_sums.data(), dxa.data() + tile * TILE * ranks, TILE * ranks);
+                }
+                transpose_ranks(xa + token * ranks, some, ranks, xa_t.data());
+                transpose_ranks(dxa.data() + token * ranks, some, ranks, dxa_t.data());
                 float* to = sums + part * rows * width;
-                outer_tile(dxa_t.data(), used, x + token * dim, dim, to);
+                outer_tiles(dxa_t.data(), some, used, x + token * dim, dim, to, more);
                 to += rows * dim;
                 for (index_t n = 0; n < count; to += rows * layers[n++].outputs)
-                    outer_tile(xa_t.data(), used, layers[n].y + token * layers[n].outputs, layers[n].outputs, to);
+                    outer_tiles(xa_t.data(), some, used, layers[n].y + token * layers[n].outputs, layers[n].outputs, to,
+                                more);
             }
         }
         if (dx) {
