@@ -117,6 +117,30 @@ def test_lora(ranks: tuple[int, ...], first_layer: bool) -> None:
         assert relative(left, right) < BF16
 
 
+@needs_amx
+def test_a_deep_product_is_the_same_in_parts_and_by_threads() -> None:
+    # Depth in parts of several blocks, more tokens than one pass takes, strips of unequal width.
+    generator = torch.Generator().manual_seed(0)
+    tokens, dim, outputs = 1056, 2720, 672
+    x = torch.randn(tokens, dim, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(outputs, dim, generator=generator).bfloat16()
+    a, b = (torch.randn(*size, generator=generator).requires_grad_() for size in ((8, dim), (outputs, 8)))
+    grad = torch.randn(tokens, outputs, generator=generator).bfloat16()
+    before = torch.get_num_threads()
+    got = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        (y,) = lora_linears(x, [Projection(lambda dtype: weight, None, a, b, 0.5)])
+        got.append((y.detach(), *torch.autograd.grad(y, (x, a, b), grad)))
+    torch.set_num_threads(before)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, a, b)]
+    want = exact[0] @ weight.double().t() + 0.5 * exact[0] @ exact[1].t() @ exact[2].t()
+    references = (want, *torch.autograd.grad(want, exact, grad.double()))
+    for one, three, reference in zip(*got, references, strict=True):
+        assert torch.equal(one, three)
+        assert relative(one, reference) < BF16
+
+
 def results(threads: int) -> list[torch.Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -106,7 +106,8 @@ void outer_tiles(const bf16* u_t, index_t tiles, index_t used, const bf16* v, in
     alignas(64) bf16 panels[OUTER_ROWS * TILE];
     auto panel = [&](index_t tile) { return panels + tile * PANEL; };
     for (index_t column = 0; column < width; column += TILE) {
-        for (index_t tile = 0; tile < tiles; ++tile) pack_straight(v + tile * TILE * width + column, width, panel(tile));
+        for (index_t tile = 0; tile < tiles; ++tile)
+            pack_straight(v + tile * TILE * width + column, width, panel(tile));
         for (index_t rank = 0; rank < used; rank += TILE) {
             const bf16* rows = u_t + rank * OUTER_ROWS;
             float* out = sums + rank * width + column;
@@ -204,16 +205,17 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
             round_rows(sums.data(), xa + token * ranks, TILE * ranks);
         }
         // A weight's rows are outputs here, its columns depth.
-        auto pack = [&](index_t panel, index_t panels, index_t operand, bf16* to, index_t stride) {
+        auto pack = [&](index_t panel, index_t panels, index_t operand, index_t step, index_t steps, bf16* to,
+                        index_t stride) {
             for (index_t last = panel + panels; panel < last; ++panel, to += stride) {
                 auto [n, output] = group.place_of(panel);
-                for (index_t from = 0; operand == 0 && from < dim; from += TILE) {
-                    auto [rows, apart] = weights[n].tile(output, from, buffer);
-                    pack_transposed(rows, apart, to + from * TILE);
-                }
-                for (index_t from = 0; operand == 1 && from < ranks; from += TILE) {
-                    scaled_b(layers[n], group.first_rank(n), output, from, buffer);
-                    pack_transposed(buffer, TILE, to + from * TILE);
+                for (index_t i = 0; i < steps; ++i) {
+                    Weight::Tile from{buffer, TILE};
+                    if (operand > 0)
+                        scaled_b(layers[n], group.first_rank(n), output, (step + i) * TILE, buffer);
+                    else
+                        from = weights[n].tile(output, (step + i) * TILE, buffer);
+                    pack_transposed(from.rows, from.stride, to + i * PANEL);
                 }
             }
         };
@@ -287,11 +289,11 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
         if (dx) {
             auto [first, last] = share(dim / TILE);
             // Its rows are depth: read along them, or each line of memory is fetched for one panel only.
-            auto pack = [&](index_t panel, index_t panels, index_t operand, bf16* to, index_t stride) {
-                index_t depth = operands[operand].depth;
-                for (index_t output = 0; output < depth; output += TILE, to += PANEL)
+            auto pack = [&](index_t panel, index_t panels, index_t operand, index_t step, index_t steps, bf16* to,
+                            index_t stride) {
+                for (index_t last = step + steps; step < last; ++step, to += PANEL)
                     for (index_t n = 0; n < panels; ++n) {
-                        index_t column = (panel + n) * TILE;
+                        index_t output = step * TILE, column = (panel + n) * TILE;
                         Weight::Tile from{up.data() + output * dim + column, dim};
                         if (operand < count) from = weights[operand].tile(output, column, buffer);
                         pack_straight(from.rows, from.stride, to + n * stride);
