@@ -114,10 +114,9 @@ class _PackedAttention(torch.autograd.Function):
             tensor.new_empty(1, tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
             for tensor in (query, key, value)
         ]
-        packed, delta = query.new_empty(key.numel() + 4 * query.numel()), torch.empty_like(lse)
         heads_of = map(_heads, (query, key, value, out, grad_out))
         row = partial(_row, query, key, ctx.layout, ctx.scale)
-        native.call("attention_backward", row, *heads_of, lse, *grads, packed, delta)
+        native.call("attention_backward", row, *heads_of, lse, *grads)
         return (*grads, None, None)
 
 

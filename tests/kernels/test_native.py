@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[RowLayout, int]] = {
     "prefixes and padding": ((Group(10, (3, 5)), Group(40, (7, 50))), 160),
     "a short sample behind a long one": ((Group(0, (150, 42)), Group(0, (160, 32))), 384),
     "a long prefix": ((Group(150, (33, 20, 64, 21)),), 288),
+    "one long sample": ((Group(0, (400, 10)),), 416),
 }
 
 
@@ -49,7 +50,9 @@ def heads(number: int, tokens: int, dim: int, seed: int) -> torch.Tensor:
 
 @needs_amx
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("num_heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 32), (2, 2, 96), (2, 1, 256)])
+@pytest.mark.parametrize(
+    ("num_heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 32), (2, 2, 96), (6, 2, 128), (2, 1, 256), (5, 1, 256)]
+)
 def test_attention(layout: str, num_heads: int, kv_heads: int, dim: int) -> None:
     row, tokens = LAYOUTS[layout]
     inputs = [heads(n, tokens, dim, seed) for seed, n in enumerate((num_heads, kv_heads, kv_heads))]
@@ -63,6 +66,40 @@ def test_attention(layout: str, num_heads: int, kv_heads: int, dim: int) -> None
     assert relative(out, want) < BF16
     for left, right in zip(got, torch.autograd.grad(want, exact, grad.double()), strict=True):
         assert relative(left, right) < BF16
+
+
+@needs_amx
+@pytest.mark.parametrize("layout", ["samples across tiles", "a long prefix", "one long sample"])
+@pytest.mark.parametrize(("num_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 1, 256), (2, 2, 32)])
+def test_attention_is_the_same_by_any_number_of_threads(layout: str, num_heads: int, kv_heads: int, dim: int) -> None:
+    row, tokens = LAYOUTS[layout]
+    inputs = [heads(n, tokens, dim, seed) for seed, n in enumerate((num_heads, kv_heads, kv_heads))]
+    grad = heads(num_heads, tokens, dim, 9).detach()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = native_attention.packed_attention(*inputs, row, None)
+            results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(results[0], other, strict=True))
+
+
+@needs_amx
+def test_attention_between_rows_of_other_shapes() -> None:
+    # The backward pass keeps its memory from call to call.
+    def gradients(layout: str, num_heads: int, kv_heads: int, dim: int) -> tuple[torch.Tensor, ...]:
+        row, tokens = LAYOUTS[layout]
+        inputs = [heads(n, tokens, dim, seed) for seed, n in enumerate((num_heads, kv_heads, kv_heads))]
+        out = native_attention.packed_attention(*inputs, row, None)
+        return torch.autograd.grad(out, inputs, heads(num_heads, tokens, dim, 9).detach())
+
+    first = gradients("a long prefix", 4, 2, 64)
+    gradients("one long sample", 5, 1, 256)
+    gradients("one sample", 2, 2, 32)
+    assert all(torch.equal(*pair) for pair in zip(first, gradients("a long prefix", 4, 2, 64), strict=True))
 
 
 @needs_amx

@@ -87,7 +87,7 @@ void attention_forward(const Row* shape, const Heads* q, const Heads* k, const H
 #pragma omp for collapse(2) schedule(dynamic)
         for (index_t head = 0; head < row.heads; ++head)
             for (index_t tile = 0; tile < row.tiles(); ++tile) {
-                std::vector<index_t> list = visited(row, tile, false);
+                std::vector<index_t> list = visited(row, tile);
                 index_t kv = row.kv_of(head), total = static_cast<index_t>(list.size());
                 for (index_t chunk = 0; chunk < row.chunks(); ++chunk)
                     pack_transposed(q->at(head, tile * TILE) + chunk * TILE, q->token_stride, queries + chunk * PANEL);
@@ -107,7 +107,7 @@ void attention_forward(const Row* shape, const Heads* q, const Heads* k, const H
                 __m512 one = _mm512_set1_ps(1.0f);
                 __m512 inverse[2] = {_mm512_div_ps(one, known.sum[0]), _mm512_div_ps(one, known.sum[1])};
                 store_transposed(row, sums, inverse, out + (tile * TILE * row.heads + head) * row.dim,
-                                 row.heads * row.dim);
+                                 row.heads * row.dim, [](index_t half, index_t i) { return half * 16 + i; });
                 for (index_t half = 0; half < 2; ++half) {
                     float* to = lse + head * row.tokens + tile * TILE + half * 16;
                     _mm512_storeu_ps(to, known.sum[half]);

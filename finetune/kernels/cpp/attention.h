@@ -3,8 +3,8 @@
 // The row is cut into tiles of 32 tokens. `visits` [T/32, T/32] says of a tile of queries and one of keys whether
 // no pair (0), every pair (1) or some pair (2) sees each other. Scores live in caches only, as [keys, queries]: what
 // belongs to a query is then one lane of a vector, and exponentials come out in the layout of a right operand.
-// The backward pass computes scores twice, once for dq by queries and once for dk and dv by keys: so every tile of
-// a gradient is written by one thread, in one order, and the result does not depend on the number of threads.
+// The backward pass computes a pair of tiles once, by queries that share a key head; what several ranges of queries
+// add to a key's gradients is summed in a fixed order, so the result does not depend on the number of threads.
 //
 // Shapes: T tokens (a multiple of 32), H heads, G key heads, D head size (a multiple of 32, at most 256).
 #pragma once
@@ -61,10 +61,11 @@ void pack_heads(const Heads& x, const Row& row, index_t heads, bf16* out, Pack p
                      out + head * row.head_size() + (tile * row.chunks() + chunk) * PANEL);
 }
 
-std::vector<index_t> visited(const Row& row, index_t tile, bool by_keys) {
+// The key tiles that a tile of queries sees.
+std::vector<index_t> visited(const Row& row, index_t tile) {
     std::vector<index_t> list;
-    for (index_t other = 0; other < row.tiles(); ++other)
-        if (row.visits[by_keys ? other * row.tiles() + tile : tile * row.tiles() + other]) list.push_back(other);
+    for (index_t key = 0; key < row.tiles(); ++key)
+        if (row.visits[tile * row.tiles() + key]) list.push_back(key);
     return list;
 }
 
@@ -130,15 +131,18 @@ void weigh(const Row& row, const index_t* list, index_t count, const bf16* trans
     }
 }
 
-// The rows of a tile of tokens from sums [D][32], each query's times its factor.
-void store_transposed(const Row& row, const float* sums, const __m512 factors[2], bf16* out, index_t stride) {
+// The rows of a tile of tokens from sums [D][32], each query's times its factor; column i of a half is the tile's
+// query order(half, i).
+template <class Order>
+void store_transposed(const Row& row, const float* sums, const __m512 factors[2], bf16* out, index_t stride,
+                      Order order) {
     for (index_t d = 0; d < row.dim; d += 16)
         for (index_t half = 0; half < 2; ++half) {
             __m512i words[16];
             for (index_t i = 0; i < 16; ++i)
                 words[i] = (__m512i)_mm512_mul_ps(_mm512_loadu_ps(sums + (d + i) * TILE + half * 16), factors[half]);
             transpose_words(words);
-            for (index_t i = 0; i < 16; ++i) store_bf16(out + (half * 16 + i) * stride + d, (__m512)words[i]);
+            for (index_t i = 0; i < 16; ++i) store_bf16(out + order(half, i) * stride + d, (__m512)words[i]);
         }
 }
 
