@@ -54,3 +54,9 @@ static inline __m512 load_bf16(const bf16* in) {
 }
 
 static inline __m512i counting() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+
+// Rounded to bf16, still fp32.
+static inline __m512 round_bf16(__m512 values) {
+    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}

@@ -8,6 +8,26 @@
 // The unit in which threads share long arrays.
 constexpr index_t BLOCK = 4096;
 
+#ifdef __AVX512BF16__
+// What is left over after the last 32 elements is for the loops of other processors.
+constexpr index_t LINE = 32;
+
+// The sum of a(i) * b(i) over vectors of sixteen.
+template <class A, class B> static inline float dot_lines(index_t count, A a, B b) {
+    __m512 left = _mm512_setzero_ps(), right = left;
+    for (index_t i = 0; i < count; i += LINE) {
+        left = _mm512_fmadd_ps(a(i), b(i), left);
+        right = _mm512_fmadd_ps(a(i + 16), b(i + 16), right);
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(left, right));
+}
+
+// out = values(i). Not past the caches: what reads it comes soon.
+template <class Values> static inline void store_lines(bf16* out, index_t count, Values values) {
+    for (index_t i = 0; i < count; i += LINE) store_bf16(out + i, values(i), values(i + 16));
+}
+#endif
+
 extern "C" {
 
 // y = bf16(x * rstd) * weight, rstd = 1 / sqrt(mean(x^2) + eps) kept for the backward pass.
@@ -18,12 +38,23 @@ void rms_norm_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, i
         const bf16* in = x + row * dim;
         bf16* out = y + row * dim;
         float sum = 0.0f;
+        index_t lines = 0;
+#ifdef __AVX512BF16__
+        lines = dim / LINE * LINE;
+        auto values = [&](index_t i) { return load_bf16(in + i); };
+        sum = dot_lines(lines, values, values);
+#endif
 #pragma omp simd reduction(+ : sum)
-        for (index_t i = 0; i < dim; ++i) sum += to_float(in[i]) * to_float(in[i]);
+        for (index_t i = lines; i < dim; ++i) sum += to_float(in[i]) * to_float(in[i]);
         float scale = 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
         rstd[row] = scale;
+#ifdef __AVX512BF16__
+        store_lines(out, lines, [&](index_t i) {
+            return _mm512_mul_ps(round_bf16(_mm512_mul_ps(values(i), _mm512_set1_ps(scale))), load_bf16(weight + i));
+        });
+#endif
 #pragma omp simd
-        for (index_t i = 0; i < dim; ++i)
+        for (index_t i = lines; i < dim; ++i)
             out[i] = to_bf16(to_float(to_bf16(to_float(in[i]) * scale)) * to_float(weight[i]));
     }
 }
@@ -35,11 +66,24 @@ void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* weight, const 
         const bf16 *grad = dy + row * dim, *in = x + row * dim;
         bf16* out = dx + row * dim;
         float scale = rstd[row], dot = 0.0f;
+        index_t lines = 0;
+#ifdef __AVX512BF16__
+        lines = dim / LINE * LINE;
+        auto values = [&](index_t i) { return load_bf16(in + i); };
+        auto scaled = [&](index_t i) { return _mm512_mul_ps(load_bf16(grad + i), load_bf16(weight + i)); };
+        dot = dot_lines(lines, scaled, values);
+#endif
 #pragma omp simd reduction(+ : dot)
-        for (index_t i = 0; i < dim; ++i) dot += to_float(grad[i]) * to_float(weight[i]) * to_float(in[i]);
+        for (index_t i = lines; i < dim; ++i) dot += to_float(grad[i]) * to_float(weight[i]) * to_float(in[i]);
         float mean = dot * scale * scale / static_cast<float>(dim);
+#ifdef __AVX512BF16__
+        store_lines(out, lines, [&](index_t i) {
+            __m512 across = _mm512_fnmadd_ps(values(i), _mm512_set1_ps(mean), scaled(i));
+            return _mm512_mul_ps(_mm512_set1_ps(scale), across);
+        });
+#endif
 #pragma omp simd
-        for (index_t i = 0; i < dim; ++i)
+        for (index_t i = lines; i < dim; ++i)
             out[i] = to_bf16(scale * (to_float(grad[i]) * to_float(weight[i]) - to_float(in[i]) * mean));
     }
 }
@@ -103,8 +147,23 @@ void rotate(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, index_t ro
         for (index_t head = 0; head < heads; ++head) {
             const bf16* in = x + row * row_stride + head * head_stride;
             bf16* out = y + (row * heads + head) * dim;
+            index_t lines = 0;
+#ifdef __AVX512BF16__
+            lines = half / LINE * LINE;
+            // x[i] * cos[i] + sign * x[j] * sin[k]
+            auto turned = [&](index_t i, index_t j, index_t k, float sign) {
+                __m512 across = _mm512_mul_ps(_mm512_set1_ps(sign), _mm512_mul_ps(load_bf16(in + j), load_bf16(s + k)));
+                return _mm512_fmadd_ps(load_bf16(in + i), load_bf16(c + i), across);
+            };
+            store_lines(out, lines, [&](index_t i) {
+                return backward ? turned(i, i + half, i + half, 1.0f) : turned(i, i + half, i, -1.0f);
+            });
+            store_lines(out + half, lines, [&](index_t i) {
+                return backward ? turned(i + half, i, i, -1.0f) : turned(i + half, i, i + half, 1.0f);
+            });
+#endif
 #pragma omp simd
-            for (index_t i = 0; i < half; ++i) {
+            for (index_t i = lines; i < half; ++i) {
                 float a = to_float(in[i]), b = to_float(in[i + half]);
                 float first_sin = to_float(s[i]), second_sin = to_float(s[i + half]);
                 float low = backward ? b * second_sin : -b * first_sin;
