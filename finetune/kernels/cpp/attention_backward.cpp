@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr index_t BATCH = 8;  // key tiles whose d(scores) are kept for dq
+constexpr index_t BATCH = 8;    // key tiles whose d(scores) are kept for dq
+constexpr index_t FETCHED = 2;  // tokens asked for in each half of a pair
 
 struct Task {
     const Row& row;
@@ -130,6 +131,38 @@ void pack_span(const Task& task, index_t kv, index_t from, index_t to, const Hel
         }
 }
 
+// The rows that this thread packs next, asked for while it multiplies: packing would only wait for them, for a third
+// of the time where they lie in memory.
+struct Ahead {
+    index_t kv = 0, token = 0, end = 0;
+
+    void fetch(const Task& task, index_t tokens) {
+        for (; tokens > 0 && token < end; --tokens, ++token) {
+            for (index_t head = kv * task.group(); head < (kv + 1) * task.group(); ++head)
+                for (const Heads* x : {&task.q, &task.grad, &task.out}) ask(task, x->at(head, token));
+            ask(task, task.k.at(kv, token));
+            ask(task, task.v.at(kv, token));
+        }
+    }
+    static void ask(const Task& task, const bf16* row) {
+        for (index_t d = 0; d < task.row.dim; d += TILE) _mm_prefetch(row + d, _MM_HINT_T1);
+    }
+};
+
+// After a span its window's next, or what comes next if all threads take turns.
+Ahead ahead_of(const Task& task, index_t kv, index_t window, index_t from, int threads) {
+    const Plan& plan = task.plan;
+    index_t next = plan.end(window, from);
+    if (next == plan.cuts[window + 1]) {
+        index_t unit = window * task.row.kv_heads + kv + threads;
+        kv = unit % task.row.kv_heads;
+        window = unit / task.row.kv_heads;
+        if (window >= plan.windows()) return {};
+        next = plan.cuts[window];
+    }
+    return {kv, next * TILE, plan.end(window, next) * TILE};
+}
+
 // A tile of rows times panels of depth D, into the tile registers.
 inline void multiply_tile(const Row& row, const bf16* rows, index_t stride, const bf16* panels) {
     load_sums(nullptr, 0, false);
@@ -180,7 +213,7 @@ void weigh_rows(const Row& row, const std::vector<Job>& jobs, const bf16* weight
 // stay in the tile registers. Job n's panel of d(scores) goes to panel_of(n).
 template <class PanelOf>
 void visit(const Task& task, const Held& held, const std::vector<Job>& jobs, index_t kv, index_t key, float* dk,
-           bool accumulate, PanelOf panel_of) {
+           bool accumulate, Ahead& ahead, PanelOf panel_of) {
     const Row& row = task.row;
     const bf16 *keys = task.k.at(kv, key * TILE), *values = task.v.at(kv, key * TILE);
     index_t size = task.size(), num = static_cast<index_t>(jobs.size());
@@ -197,9 +230,11 @@ void visit(const Task& task, const Held& held, const std::vector<Job>& jobs, ind
                                                                        held.d_scores + n * PANEL, panel_of(n));
         };
         if (more) multiply_tile(row, keys, task.k.token_stride, held.queries_t + place * size);
+        ahead.fetch(task, FETCHED);
         if (n >= 0) half(0);
         if (more) store_sums(next.score, TILE);
         if (more) multiply_tile(row, values, task.v.token_stride, held.grads_t + place * size);
+        ahead.fetch(task, FETCHED);
         if (n >= 0) half(16);
         if (more) store_sums(next.d_prob, TILE);
     }
@@ -226,7 +261,7 @@ void store_keys(const Task& task, index_t kv, index_t tile, const float* sums) {
 }
 
 // The gradients of a span of a window's queries, and its share of those of the keys that it sees.
-void span_gradients(const Task& task, index_t kv, index_t window, index_t from, const Held& held) {
+void span_gradients(const Task& task, index_t kv, index_t window, index_t from, Ahead ahead, const Held& held) {
     const Row& row = task.row;
     index_t group = task.group(), to = task.plan.end(window, from), places = (to - from) * group, size = task.size();
     pack_span(task, kv, from, to, held);
@@ -253,7 +288,7 @@ void span_gradients(const Task& task, index_t kv, index_t window, index_t from, 
             }
             float* sums = slot == NONE ? held.sums : task.slot(kv, slot);
             bool accumulate = Plan::visits(row, task.plan.cuts[window], from, key);
-            visit(task, held, jobs, kv, key, sums, accumulate, [&](index_t job) {
+            visit(task, held, jobs, kv, key, sums, accumulate, ahead, [&](index_t job) {
                 index_t place = jobs[job].place;
                 return held.panels + (place * BATCH + count[place] - 1) * PANEL;
             });
@@ -309,7 +344,7 @@ void attention_backward(const Row* shape, const Heads* q, const Heads* k, const 
         for (index_t window = 0; window < plan.windows(); ++window)
             for (index_t kv = 0; kv < row.kv_heads; ++kv)
                 for (index_t from = plan.cuts[window]; from < plan.cuts[window + 1]; from = plan.end(window, from))
-                    span_gradients(task, kv, window, from, held);
+                    span_gradients(task, kv, window, from, ahead_of(task, kv, window, from, threads), held);
 #pragma omp for collapse(2) schedule(static)
         for (index_t kv = 0; kv < row.kv_heads; ++kv)
             for (index_t tile = 0; tile < row.tiles(); ++tile) add_slots(task, kv, tile);
