@@ -42,7 +42,7 @@ class FourBit(NamedTuple):
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear layer and its LoRA update."""
+    """A frozen linear layer and its LoRA update, of rank 0 where it has none."""
 
     weight: Weight
     bias: torch.Tensor | None
@@ -55,13 +55,27 @@ class Projection:
 
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """Each layer's output [..., O] in the compute dtype: autocast's where it is on, else x's."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    matrices = [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
-    x = x.to(dtype)
-    node = _NativeLoraLinears if _native_takes(x, matrices) else _LoraLinears
-    out: tuple[torch.Tensor, ...] = node.apply(x, layers, *matrices)
+    out = native_linears(x, layers)
+    if out is None:
+        out = _LoraLinears.apply(x.to(_compute_dtype(x)), layers, *_matrices(layers))
     return out
+
+
+def native_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...] | None:
+    """As `lora_linears` by the native kernel; None if that does not compute these."""
+    if x.device.type != "cpu":
+        return None
+    x, matrices = x.to(_compute_dtype(x)), _matrices(layers)
+    return _NativeLoraLinears.apply(x, layers, *matrices) if _native_takes(x, matrices) else None
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _matrices(layers: Sequence[Projection]) -> list[torch.Tensor]:
+    return [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -178,7 +192,7 @@ class _NativeLoraLinears(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         frozen = [_Frozen() if dx is None else _frozen(layer, x.dtype) for layer in layers]
         # In the order of the arguments: a and b of each layer.
-        d_matrices = [torch.empty_like(matrix) for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
+        d_matrices = [torch.empty_like(matrix) for matrix in _matrices(layers)]
         group = partial(_native_layers, layers, frozen, dys, d_matrices)
         native.call("lora_backward", group, x, xa_TR, dx, len(layers), tokens, dim)
         return dx, None, *d_matrices

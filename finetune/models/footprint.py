@@ -27,7 +27,7 @@ from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import RowLayout, dense_mask
 from finetune.kernels.lora import FourBit
-from finetune.models.fused import STAND_IN, fuse
+from finetune.models.fused import STAND_IN, fuse, is_frozen_forward, run_natively
 from finetune.models.heads import checkpoint_layers, decoder_of, supervised_loss
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
 from finetune.recipe.schema import QUANTIZED_4BIT, LoraSection, ModelSection
@@ -245,6 +245,8 @@ def _expand_when_used(base: Any, quantization: str, *, compute: torch.dtype) -> 
                 setattr(module, STAND_IN, FourBit(weight, weight, weight))
             if "forward" not in vars(module):
                 module.forward = MethodType(_expanding_forward, module)
+            elif is_frozen_forward(module.forward):
+                run_natively(module, _expanding_forward)
 
 
 def _expanding_forward(module: Any, x: torch.Tensor) -> torch.Tensor:

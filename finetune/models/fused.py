@@ -6,7 +6,7 @@ Nothing is renamed or replaced: only the `forward` of single modules changes, so
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import FunctionType, MethodType
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from finetune.kernels.lora import FourBit, Projection, lora_linears
+from finetune.kernels.lora import FourBit, Projection, lora_linears, native_linears
 from finetune.kernels.native import is_plain
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
+from finetune.models.heads import decoder_layers
 
 ADAPTER = "default"
 
@@ -41,20 +43,27 @@ class Fused:
     norms: int = 0
     mlps: int = 0
     rotations: int = 0
+    frozen: int = 0
 
 
 def fuse(model: PeftModel, compiled: bool = False) -> Fused:
     """Replace the forwards that allow it; `compiled` ones keep their rotation, which torch.compile fuses itself."""
     count = Fused()
     grouped: set[torch.nn.Module] = set()
+    frozen = set() if compiled else set(_frozen_linears(model))
     shares_kv = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
     for module in model.modules():
         for names in GROUPS:
             layers = [getattr(module, name, None) for name in names]
-            if not shares_kv and all(isinstance(layer, LoraLayer) and can_fuse(layer) for layer in layers):
+            fits = not shares_kv and all(layer in frozen or _is_fusable_lora(layer) for layer in layers)
+            if fits and any(isinstance(layer, LoraLayer) for layer in layers):
                 _group(layers)
                 grouped.update(layers)  # type: ignore[arg-type]
-        if isinstance(module, LoraLayer):
+        if module in frozen:
+            count.frozen += 1
+            if module not in grouped:
+                run_natively(module, type(module).forward)
+        elif isinstance(module, LoraLayer):
             if not can_fuse(module):
                 count.left_to_peft += 1
                 continue
@@ -77,22 +86,38 @@ def unfuse(model: PeftModel) -> None:
     """Give every module the forward of its class again: what `fuse` is compared with."""
     for module in model.modules():
         replaced = getattr(vars(module).get("forward"), "__func__", None)
-        ours = (_lora_forward, _grouped_forward, _norm_forward, _swiglu_forward)
+        ours = (_lora_forward, _frozen_forward, _grouped_forward, _norm_forward, _swiglu_forward)
         if getattr(replaced, "func", replaced) in ours or _rotation_of(replaced) is _rotation:
             del module.forward
 
 
 def can_fuse(layer: Any) -> bool:
     """Whether a PEFT layer is plain LoRA without dropout on a dense or 4-bit linear layer."""
-    base = layer.get_base_layer()
     return (
-        isinstance(base, torch.nn.Linear)
-        and (type(base).__name__ in PLAIN_LINEAR or _is_4bit(base))
+        _is_plain_linear(layer.get_base_layer())
         and list(layer.lora_A) == [ADAPTER]
         and not layer.lora_variant
         and not layer.lora_bias[ADAPTER]
         and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
     )
+
+
+def _is_fusable_lora(layer: Any) -> bool:
+    return isinstance(layer, LoraLayer) and can_fuse(layer)
+
+
+def _is_plain_linear(base: Any) -> bool:
+    return isinstance(base, torch.nn.Linear) and (type(base).__name__ in PLAIN_LINEAR or _is_4bit(base))
+
+
+def _frozen_linears(model: PeftModel) -> Iterator[torch.nn.Module]:
+    """The decoder's linear layers without an adapter: a recipe may name few targets."""
+    bases = {module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            frozen = not any(parameter.requires_grad for parameter in module.parameters())
+            if frozen and module not in bases and _is_plain_linear(module):
+                yield module
 
 
 def _is_4bit(base: torch.nn.Module) -> bool:
@@ -102,15 +127,23 @@ def _is_4bit(base: torch.nn.Module) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
+    if not isinstance(layer, LoraLayer):
+        return True
     return not layer.disable_adapters and not layer.merged and ADAPTER in layer.active_adapters
 
 
 def projection(layer: Any) -> Projection:
-    """What the kernels need of a PEFT LoRA layer."""
-    base = layer.base_layer
+    """What the kernels need of a PEFT LoRA layer, or of a linear layer without an adapter."""
+    has_adapter = isinstance(layer, LoraLayer)
+    base: Any = layer.base_layer if has_adapter else layer
     expand: Callable[[torch.dtype], torch.Tensor] = partial(expand_4bit if _is_4bit(base) else _dense, base)
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return Projection(expand, base.bias, a, b, layer.scaling[ADAPTER], partial(_stored_4bit, base))
+    if has_adapter:
+        a, b, scale = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+    else:
+        device = base.weight.device
+        a, b = torch.empty(0, base.in_features, device=device), torch.empty(base.out_features, 0, device=device)
+        scale = 1.0
+    return Projection(expand, base.bias, a, b, scale, partial(_stored_4bit, base))
 
 
 def _stored_4bit(base: Any) -> FourBit | None:
@@ -156,10 +189,25 @@ def _attach_quant_state(base: Any) -> None:
 
 
 def _lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if args or kwargs or not _is_plain(layer):
+    if args or kwargs or not isinstance(layer, LoraLayer) or not _is_plain(layer):
         out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return out
     return lora_linears(x, [projection(layer)])[0]
+
+
+def run_natively(module: Any, otherwise: Callable[..., torch.Tensor]) -> None:
+    """Let a linear layer without an adapter run the native kernel, and `otherwise` where that does not compute it."""
+    module.forward = MethodType(partial(_frozen_forward, otherwise=otherwise), module)
+
+
+def is_frozen_forward(forward: Any) -> bool:
+    """Whether `run_natively` made it."""
+    return getattr(getattr(forward, "__func__", None), "func", None) is _frozen_forward
+
+
+def _frozen_forward(module: Any, x: torch.Tensor, *, otherwise: Callable[..., torch.Tensor]) -> torch.Tensor:
+    found = native_linears(x, [projection(module)])
+    return otherwise(module, x) if found is None else found[0]
 
 
 @dataclass

@@ -49,6 +49,25 @@ def test_fused_equals_peft(architecture: str) -> None:
         assert (left - right).norm() <= 2e-5 * right.norm()
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"]], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_without_an_adapter_compute_the_same(targets: list[str], precision: str) -> None:
+    model = adapted("llama", target_modules=targets).float()
+    ids = torch.arange(64)[None] * 5 % 320
+
+    def gradients(fused: bool) -> list[torch.Tensor]:
+        copied = copy.deepcopy(model)
+        if fused:
+            assert fuse(copied).frozen == 14 - 2 * len(targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = copied(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in trainable_parameters(copied))]
+
+    for left, right in zip(gradients(True), gradients(False), strict=True):
+        assert (left - right).norm() <= (2e-5 if precision == "fp32" else 3e-2) * right.norm()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
 def test_norms_and_swiglu_are_found(architecture: str) -> None:
     count = fuse(adapted(architecture))

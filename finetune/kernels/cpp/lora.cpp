@@ -152,7 +152,7 @@ Share share(index_t count) {
 // wide layers and high ranks there are fewer: each part has sums of its own.
 index_t parts_of(index_t tiles, index_t sums) {
     constexpr index_t MOST = 8, MOST_SUMS = index_t(1) << 24;  // 64 MB of fp32
-    return std::min(tiles, std::clamp<index_t>(MOST_SUMS / sums, 2, MOST));
+    return std::min(tiles, std::clamp<index_t>(MOST_SUMS / std::max<index_t>(sums, 1), 2, MOST));
 }
 
 // da and db from the sums of the parts: dA^T and then every layer's dB^T, [rows, width] one after the other.
