@@ -9,6 +9,7 @@ a process of its own, whose peak is what `finetune.machine.peak_memory_bytes` re
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -142,24 +143,31 @@ def _mb(count: float) -> str:
     return f"{count / 1e6:,.0f}"
 
 
-def main(arguments: list[str]) -> None:
-    """Measure the cases that are named, or all; print each."""
-    folder = Path(arguments[0]).resolve()
+def main() -> None:
+    """Measure the cases that are named, or all, and print each; or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all; the first is {next(iter(CASES))}")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.cases) - set(CASES)):
+        parser.error(f"no case {unknown[0]}; there are {', '.join(CASES)}")
+    folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "results.json"
     results: dict[str, dict[str, int]] = json.loads(saved.read_text()) if saved.exists() else {}
-    if "--table" in arguments:
+    if arguments.table:
         results = {
             case: {**results[case], "estimate": predict(recipe_of(folder, case))} for case in CASES if case in results
         }
         print(table(results))
         return
     write_inputs(folder)
-    for case in arguments[1:] or CASES:
+    for case in arguments.cases or CASES:
         results[case] = measure(recipe_of(folder, case))
         print(case, results[case], flush=True)
         saved.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

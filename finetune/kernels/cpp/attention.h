@@ -34,9 +34,6 @@ struct Row {
                (_mm512_cmpge_epi32_mask(wanted, _mm512_loadu_si512(prefix_start + query)) &
                 _mm512_cmplt_epi32_mask(wanted, _mm512_loadu_si512(prefix_end + query)));
     }
-    static __m512i counting() {
-        return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    }
 };
 
 // [T, H, D] with its own strides; the elements of a head lie together.
