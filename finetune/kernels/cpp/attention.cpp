@@ -85,8 +85,8 @@ void attention_forward(const Row* shape, const Heads* q, const Heads* k, const H
         alignas(64) bf16 queries[MAX_DIM * TILE];
         alignas(64) Weights weights;
 #pragma omp for collapse(2) schedule(dynamic)
-        for (index_t head = 0; head < row.heads; ++head)
-            for (index_t tile = 0; tile < row.tiles(); ++tile) {
+        for (index_t tile = 0; tile < row.tiles(); ++tile)
+            for (index_t head = 0; head < row.heads; ++head) {  // next to each other in memory
                 std::vector<index_t> list = visited(row, tile);
                 index_t kv = row.kv_of(head), total = static_cast<index_t>(list.size());
                 for (index_t chunk = 0; chunk < row.chunks(); ++chunk)
