@@ -16,11 +16,16 @@ static inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
+// Before the first load of a product: gcc does not know that loads of tiles read memory, and may move what writes it
+// behind them. (It knows that stores of tiles write it.)
+static inline void finish_writes() { __asm__ volatile("" ::: "memory"); }
+
 // The sums of a block, c [32, 32] (fp32), into tile registers 0 to 3, or zeros, and back. Strides are in elements.
 // `TOP` is only the first 16 rows, `LEFT` only the first 16 columns.
 template <bool TOP = false, bool LEFT = false>
 static inline void load_sums(const float* c, index_t stride, bool accumulate) {
     const float* below = c + 16 * stride;
+    finish_writes();
     if (accumulate) {
         _tile_loadd(0, c, stride * 4);
         if (!LEFT) _tile_loadd(1, c + 16, stride * 4);

@@ -1,7 +1,6 @@
 // The backward pass of attention: attention.h says how, attention_plan.h who computes what.
 #ifdef __AMX_BF16__
 #include "attention_plan.h"
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 
@@ -238,8 +237,6 @@ void visit(const Task& task, const Held& held, const std::vector<Job>& jobs, ind
         if (n >= 0) half(16);
         if (more) store_sums(next.d_prob, TILE);
     }
-    // gcc 12 does not know that loads of tiles read memory.
-    std::atomic_signal_fence(std::memory_order_seq_cst);
     weigh_rows(row, jobs, held.d_scores, held.queries, dk, accumulate);
     weigh_rows(row, jobs, held.probs, held.grads, dk + size, accumulate);
 }
