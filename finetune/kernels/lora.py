@@ -55,9 +55,10 @@ class Projection:
 
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """Each layer's output [..., O] in the compute dtype: autocast's where it is on, else x's."""
+    x = x.to(_compute_dtype(x))  # once: `native_linears` then has nothing to cast
     out = native_linears(x, layers)
     if out is None:
-        out = _LoraLinears.apply(x.to(_compute_dtype(x)), layers, *_matrices(layers))
+        out = _LoraLinears.apply(x, layers, *_matrices(layers))
     return out
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -42,6 +44,16 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def heads(number: int, tokens: int, dim: int, seed: int) -> torch.Tensor:
     """[1, H, T, D] as transformers lays them out: a view of [1, T, H, D]."""
     values = torch.randn(1, tokens, number, dim, generator=torch.Generator().manual_seed(seed))
@@ -75,14 +87,11 @@ def test_attention_is_the_same_by_any_number_of_threads(layout: str, num_heads: 
     row, tokens = LAYOUTS[layout]
     inputs = [heads(n, tokens, dim, seed) for seed, n in enumerate((num_heads, kv_heads, kv_heads))]
     grad = heads(num_heads, tokens, dim, 9).detach()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
             out = native_attention.packed_attention(*inputs, row, None)
             results.append([out, *torch.autograd.grad(out, inputs, grad)])
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(left, right) for left, right in zip(results[0], other, strict=True))
 
@@ -163,13 +172,11 @@ def test_a_deep_product_is_the_same_in_parts_and_by_threads() -> None:
     weight = torch.randn(outputs, dim, generator=generator).bfloat16()
     a, b = (torch.randn(*size, generator=generator).requires_grad_() for size in ((8, dim), (outputs, 8)))
     grad = torch.randn(tokens, outputs, generator=generator).bfloat16()
-    before = torch.get_num_threads()
     got = []
     for threads in (1, 3):
-        torch.set_num_threads(threads)
-        (y,) = lora_linears(x, [Projection(lambda dtype: weight, None, a, b, 0.5)])
-        got.append((y.detach(), *torch.autograd.grad(y, (x, a, b), grad)))
-    torch.set_num_threads(before)
+        with torch_threads(threads):
+            (y,) = lora_linears(x, [Projection(lambda dtype: weight, None, a, b, 0.5)])
+            got.append((y.detach(), *torch.autograd.grad(y, (x, a, b), grad)))
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, a, b)]
     want = exact[0] @ weight.double().t() + 0.5 * exact[0] @ exact[1].t() @ exact[2].t()
     references = (want, *torch.autograd.grad(want, exact, grad.double()))
@@ -179,9 +186,7 @@ def test_a_deep_product_is_the_same_in_parts_and_by_threads() -> None:
 
 
 def results(threads: int) -> list[torch.Tensor]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         row, tokens = LAYOUTS["a long prefix"]
         inputs = [heads(n, tokens, 64, n) for n in (4, 2, 2)]
         out = native_attention.packed_attention(*inputs, row, None)
@@ -197,8 +202,6 @@ def results(threads: int) -> list[torch.Tensor]:
             for value, leaves in outputs
             for tensor in (value, *torch.autograd.grad(value.float().square().sum(), leaves))
         ]
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_amx

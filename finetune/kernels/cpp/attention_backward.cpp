@@ -1,8 +1,7 @@
 // The backward pass of attention: attention.h says how, attention_plan.h who computes what.
 #ifdef __AMX_BF16__
 #include "attention_plan.h"
-#include <cstdlib>
-#include <memory>
+#include "kept.h"
 
 namespace {
 
@@ -22,27 +21,6 @@ struct Task {
     float* slot(index_t kv, index_t index) const { return slots + (kv * plan.num_slots + index) * 2 * size(); }
 };
 
-// Memory that a thread keeps from call to call: of new pages, the first writes took a tenth of the time.
-class Kept {
-   public:
-    template <class T> T* at_least(index_t count) {
-        std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-        if (bytes > size_) {
-            memory_.reset();
-            memory_.reset(std::aligned_alloc(64, bytes));
-            if (!memory_) std::abort();
-            size_ = bytes;
-        }
-        return static_cast<T*>(memory_.get());
-    }
-    void shrink(std::size_t bytes) {
-        if (size_ > bytes) memory_.reset(), size_ = 0;
-    }
-
-   private:
-    std::unique_ptr<void, decltype(&std::free)> memory_{nullptr, &std::free};
-    std::size_t size_ = 0;
-};
 constexpr std::size_t KEPT_SLOTS = 8 << 20;  // bytes: where there are more, products take far longer than new pages
 
 // Of a pair of tiles, [32 keys, 32 queries].

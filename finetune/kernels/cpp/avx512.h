@@ -48,15 +48,15 @@ static inline void stream_bf16(bf16* out, __m512 left, __m512 right) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(out), (__m512i)_mm512_cvtne2ps_pbh(right, left));
 }
 
+static inline __m512 widen(__m256i values) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
 static inline __m512 load_bf16(const bf16* in) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
 }
 
 static inline __m512i counting() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 
 // Rounded to bf16, still fp32.
-static inline __m512 round_bf16(__m512 values) {
-    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
+static inline __m512 round_bf16(__m512 values) { return widen((__m256i)_mm512_cvtneps_pbh(values)); }

@@ -245,10 +245,8 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
     Matrix up = all_a(group), dxa(tokens * ranks);
     const std::vector<Weight> weights = dx ? group.weights() : std::vector<Weight>();
     index_t rows = (used + 15) / 16 * 16, tiles = tokens / TILE, parts = parts_of(tiles, rows * width);
-    // Kept from call to call: fresh memory costs its page faults, as long as the sums themselves.
-    static thread_local std::vector<float> kept;
-    if (static_cast<index_t>(kept.size()) < parts * rows * width) kept.resize(parts * rows * width);
-    float* sums = kept.data();
+    static thread_local Kept kept;
+    float* sums = kept.at_least<float>(parts * rows * width);
     std::vector<Operand> operands;
     for (index_t n = 0; n < count; ++n) operands.push_back({layers[n].y, layers[n].outputs, layers[n].outputs});
     operands.push_back({dxa.data(), ranks, ranks});

@@ -91,17 +91,16 @@ void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* weight, const 
 void silu_mul_forward(const bf16* gate, const bf16* up, bf16* y, index_t count, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t start = 0; start < count; start += BLOCK) {
-        index_t stop = start + BLOCK < count ? start + BLOCK : count, i = start;
+        index_t stop = start + BLOCK < count ? start + BLOCK : count, lines = 0;
 #ifdef __AVX512BF16__
-        for (; i + 32 <= stop; i += 32) {
-            auto product = [&](index_t at) {
-                __m512 g = load_bf16(gate + at);
-                return _mm512_mul_ps(_mm512_mul_ps(g, load_bf16(up + at)), sigmoid16(g));
-            };
-            store_bf16(y + i, product(i), product(i + 16));
-        }
+        lines = (stop - start) / LINE * LINE;
+        store_lines(y + start, lines, [&](index_t i) {
+            __m512 g = load_bf16(gate + start + i);
+            return _mm512_mul_ps(_mm512_mul_ps(g, load_bf16(up + start + i)), sigmoid16(g));
+        });
 #endif
-        for (; i < stop; ++i) {
+#pragma omp simd
+        for (index_t i = start + lines; i < stop; ++i) {
             float g = to_float(gate[i]);
             y[i] = to_bf16(g * to_float(up[i]) * sigmoid(g));
         }
@@ -112,10 +111,11 @@ void silu_mul_backward(const bf16* dy, const bf16* gate, const bf16* up, bf16* d
                        int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t start = 0; start < count; start += BLOCK) {
-        index_t stop = start + BLOCK < count ? start + BLOCK : count, i = start;
+        index_t stop = start + BLOCK < count ? start + BLOCK : count, lines = 0;
 #ifdef __AVX512BF16__
+        lines = (stop - start) / LINE * LINE;
         __m512 one = _mm512_set1_ps(1.0f);
-        for (; i + 32 <= stop; i += 32) {
+        for (index_t i = start; i < start + lines; i += LINE) {
             __m512 dg[2], du[2];
             for (index_t half = 0; half < 2; ++half) {
                 index_t at = i + 16 * half;
@@ -128,7 +128,8 @@ void silu_mul_backward(const bf16* dy, const bf16* gate, const bf16* up, bf16* d
             store_bf16(d_up + i, du[0], du[1]);
         }
 #endif
-        for (; i < stop; ++i) {
+#pragma omp simd
+        for (index_t i = start + lines; i < stop; ++i) {
             float g = to_float(gate[i]), d = to_float(dy[i]), s = sigmoid(g);
             d_gate[i] = to_bf16(d * to_float(up[i]) * s * (1.0f + g * (1.0f - s)));
             d_up[i] = to_bf16(d * g * s);

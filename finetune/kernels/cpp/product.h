@@ -7,6 +7,7 @@
 // the number of threads.
 #pragma once
 #include "amx.h"
+#include "kept.h"
 #include <algorithm>
 #include <omp.h>
 #include <vector>
@@ -24,11 +25,10 @@ constexpr index_t STORE_PANELS = 4;    // stored together: longer pieces of a ro
 constexpr index_t STRIP_BYTES = 1 << 20;
 constexpr index_t PASS_TOKENS = 1024;  // whose sums may wait at once
 
-// A thread's memory for `product`, kept from call to call: fresh memory costs its page faults.
+// A thread's memory for `product` and the like.
 static inline bf16* scratch(index_t elements) {
-    static thread_local std::vector<bf16> kept;
-    if (static_cast<index_t>(kept.size()) < elements + 32) kept.resize(elements + 32);
-    return reinterpret_cast<bf16*>((reinterpret_cast<std::uintptr_t>(kept.data()) + 63) / 64 * 64);
+    static thread_local Kept kept;
+    return kept.at_least<bf16>(elements);
 }
 
 // How a thread's panels are cut: strips of `width` panels, each in `parts` of depth.
