@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from finetune.console import say
 from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
+from finetune.kernels.products import multiply_in_fp32
 from finetune.models.progress import library_bars
 from finetune.models.sources import ModelSource, unreachable
 from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
@@ -122,6 +123,8 @@ def load_base(
     """
     attention.register()
     use_plain_linears()
+    if torch.device(device).type == "cpu":
+        multiply_in_fp32()
     if announce:
         say(f"loading {source.name} ({stored_as(model, precision)})")
     try:

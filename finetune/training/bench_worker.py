@@ -17,6 +17,7 @@ import lightning as L
 import torch
 
 from finetune.data.batches import MicroBatch
+from finetune.kernels.products import has_bf16_units
 from finetune.machine import describe_machine, library_versions, peak_memory_bytes
 from finetune.models.flops import TokenCounts, needed_flops, packed_counts, padded_counts, training_work
 from finetune.models.fused import unfuse
@@ -175,10 +176,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def matmul_peak(device: torch.device) -> float:
-    """The best rate (FLOP/s) of a bf16 product of square matrices, after a warm-up."""
-    best = 0.0
+    """The best rate (FLOP/s) of a product of square matrices, in bf16 where the device has units for it, else fp32."""
+    best, dtype = 0.0, torch.bfloat16 if device.type == "cuda" or has_bf16_units() else torch.float32
     for size in (8192, 16384) if device.type == "cuda" else (1024, 2048):
-        a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         clock = Clock(device)
         times = []
         for _ in range(6):
