@@ -62,7 +62,7 @@ def chunked_cross_entropy(
 
 
 def _native_takes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> bool:
-    return hidden_ND.shape[1] % native.TILE == 0 and native.takes(hidden_ND, weight_VD) and native.has_amx()
+    return hidden_ND.shape[1] % native.TILE == 0 and native.takes(hidden_ND, weight_VD) and native.computes_products()
 
 
 class _NativeCrossEntropy(torch.autograd.Function):

@@ -168,7 +168,7 @@ def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
         native.takes(x)
         and all(native.is_plain(m) and m.dtype == torch.float32 and m.is_contiguous() for m in matrices)
         and all(width > 0 and width % native.TILE == 0 for width in widths)
-        and native.has_amx()
+        and native.computes_products()
     )
 
 

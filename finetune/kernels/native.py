@@ -31,7 +31,7 @@ SOURCES = Path(__file__).with_name("cpp")
 # Contraction: a * b + c in one rounding, which is faster and more exact. Without trapping math, g++ 12 computed both
 # sides of exp's clamps for every element: SwiGLU took six times as long, from denormal numbers.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast")
-# Rows and columns of a tile of the AMX kernels; their sizes must be multiples of it.
+# Tokens and widths must be multiples of it for attention and linear layers.
 TILE = 32
 
 # What holds its values itself, unlike a tracer's tensor or a shard's.
@@ -74,9 +74,12 @@ def traced() -> Iterator[None]:
         _tracing = outer
 
 
-def has_amx() -> bool:
-    """Whether the kernels that need AMX can run here: attention, the loss and linear layers with LoRA."""
-    return library() is not None and _amx_granted()
+def computes_products() -> bool:
+    """Whether there are kernels for attention, the loss and linear layers here.
+
+    There are two kinds: for AMX, where Linux grants it, and in fp32 where a processor has AVX2 and no units for bf16.
+    """
+    return library() is not None and _products_granted()
 
 
 def call(name: str, *arguments: Argument) -> None:
@@ -121,10 +124,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 @lru_cache(maxsize=1)
-def _amx_granted() -> bool:
-    """Whether Linux gives this process the tile registers, which it must ask for."""
+def _products_granted() -> bool:
+    """Whether they were compiled, and Linux gives this process AMX's tile registers, which it must ask for."""
     found = _load()[0]
-    return found is not None and hasattr(found, "request_amx") and found.request_amx() == 0
+    if found is None or not hasattr(found, "lora_forward"):
+        return False
+    return not hasattr(found, "request_amx") or found.request_amx() == 0
 
 
 def _built() -> Path:

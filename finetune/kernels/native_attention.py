@@ -52,7 +52,7 @@ def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
         and dim % native.TILE == 0
         and dim <= MAX_HEAD_SIZE
         and heads % key.shape[1] == 0
-        and native.has_amx()
+        and native.computes_products()
     )
 
 

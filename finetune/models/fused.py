@@ -160,7 +160,7 @@ def _stored_4bit(base: Any) -> FourBit | None:
     rounds_alike = state.dtype in (torch.bfloat16, torch.float32)
     nested = state.state2 if state.nested else None
     blocks = (state.blocksize, 32 if nested is None else nested.blocksize)
-    if not rounds_alike or any(block % 32 for block in blocks) or state.shape[1] % 32:
+    if not rounds_alike or any(block % 32 or block & (block - 1) for block in blocks) or state.shape[1] % 32:
         return None
     codes = data.view(torch.uint8)
     if nested is None:

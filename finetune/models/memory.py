@@ -143,7 +143,7 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
     offloaded = sharded and spread.cpu_offload and not on_cpu
     shards = spread.world_size if sharded else 1
     allocator = spread.accelerator
-    if on_cpu and recipe.training.precision.startswith("bf16") and native.has_amx():
+    if on_cpu and recipe.training.precision.startswith("bf16") and native.computes_products():
         allocator = "cpu, native kernels"
     parts = {
         "base": 0 if offloaded else weights.base // shards,

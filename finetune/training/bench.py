@@ -155,6 +155,7 @@ def _task(recipe: Path, overrides: Sequence[str], name: str, steps: int) -> dict
         *own,
         f"training.max_steps={WARMUP_STEPS + steps}",
         "training.epochs=null",
+        "training.schedule.warmup_steps=0",  # the recipe's may be longer than what is timed
         "distributed.strategy=single",
         "distributed.devices=1",
     ]

@@ -145,7 +145,9 @@ def _native_kernels(recipe: Recipe, placement: Placement, _: bool) -> tuple[bool
         return False, "they compute in bf16; set training.precision: bf16-mixed"
     if (reason := native.why_missing()) is not None:
         return False, reason
-    return True, "norms, SwiGLU and rotation" + (", attention, loss and LoRA" if native.has_amx() else "; no AMX here")
+    return True, "norms, SwiGLU and rotation" + (
+        ", attention, loss and LoRA" if native.computes_products() else "; no AMX here"
+    )
 
 
 def _fused_optimizer(recipe: Recipe, _: Placement, __: bool) -> tuple[bool, str]:

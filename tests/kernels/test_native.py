@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     native.library() is None and (shutil.which("g++") is None or sys.platform != "linux"),
     reason=f"no native kernels: {native.why_missing()}",
 )
-needs_amx = pytest.mark.skipif(not native.has_amx(), reason="the processor has no AMX")
+needs_products = pytest.mark.skipif(not native.computes_products(), reason="no kernels for products here")
 
 BF16 = 4e-3  # relative: one rounding to bf16 is at most 2^-8, on average a third of it
 
@@ -60,7 +60,7 @@ def heads(number: int, tokens: int, dim: int, seed: int) -> torch.Tensor:
     return values.bfloat16().transpose(1, 2).requires_grad_()
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("num_heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 32), (2, 2, 96), (6, 2, 128), (2, 1, 256), (5, 1, 256)]
@@ -80,7 +80,7 @@ def test_attention(layout: str, num_heads: int, kv_heads: int, dim: int) -> None
         assert relative(left, right) < BF16
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("layout", ["samples across tiles", "a long prefix", "one long sample"])
 @pytest.mark.parametrize(("num_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 1, 256), (2, 2, 32)])
 def test_attention_is_the_same_by_any_number_of_threads(layout: str, num_heads: int, kv_heads: int, dim: int) -> None:
@@ -96,7 +96,7 @@ def test_attention_is_the_same_by_any_number_of_threads(layout: str, num_heads: 
         assert all(torch.equal(left, right) for left, right in zip(results[0], other, strict=True))
 
 
-@needs_amx
+@needs_products
 def test_attention_between_rows_of_other_shapes() -> None:
     # The backward pass keeps its memory from call to call.
     def gradients(layout: str, num_heads: int, kv_heads: int, dim: int) -> tuple[torch.Tensor, ...]:
@@ -111,7 +111,7 @@ def test_attention_between_rows_of_other_shapes() -> None:
     assert all(torch.equal(*pair) for pair in zip(first, gradients("a long prefix", 4, 2, 64), strict=True))
 
 
-@needs_amx
+@needs_products
 def test_attention_keeps_samples_apart_to_the_bit() -> None:
     row, tokens = (Group(0, (50, 46)),), 96
     q, k, v = (heads(2, tokens, 32, seed) for seed in range(3))
@@ -139,7 +139,7 @@ def lora_group(ranks: tuple[int, ...]) -> tuple[torch.Tensor, list[Projection], 
     return draw(2, 48, 64).bfloat16(), layers, weights
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("ranks", [(8,), (0,), (4, 12), (8, 0, 8), (30, 7, 40)], ids=str)
 @pytest.mark.parametrize("first_layer", [False, True])
 def test_lora(ranks: tuple[int, ...], first_layer: bool) -> None:
@@ -163,7 +163,7 @@ def test_lora(ranks: tuple[int, ...], first_layer: bool) -> None:
         assert left.shape == right.shape and (left.numel() == 0 or relative(left, right) < BF16)
 
 
-@needs_amx
+@needs_products
 def test_a_deep_product_is_the_same_in_parts_and_by_threads() -> None:
     # Depth in parts of several blocks, more tokens than one pass takes, strips of unequal width.
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +204,7 @@ def results(threads: int) -> list[torch.Tensor]:
         ]
 
 
-@needs_amx
+@needs_products
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     for one, three in zip(results(1), results(3), strict=True):
         assert torch.equal(one, three)
@@ -214,7 +214,7 @@ def no_head(part: torch.Tensor) -> torch.Tensor:
     raise AssertionError("the native kernel was not taken")
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize(
     ("tokens", "vocab", "dim"), [(1, 7, 96), (32, 256, 32), (75, 1000, 96), (40, 513, 96), (33, 1300, 2080)], ids=str
 )
@@ -231,7 +231,7 @@ def test_cross_entropy(tokens: int, vocab: int, dim: int) -> None:
     assert relative(got, torch.autograd.grad(want * 0.5, exact)[0]) < BF16
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("order", ["rising", "falling"])
 def test_cross_entropy_of_tokens_that_are_almost_sure(order: str) -> None:
     # Logits from -40 to 40 over the vocabulary: the reference moves from block to block, or never. The first token's
@@ -261,7 +261,7 @@ def test_cross_entropy_of_tokens_that_are_almost_sure(order: str) -> None:
         assert chunked_cross_entropy(hidden, targets, no_head, [], vocab, weight).item() == loss.item()
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("level", [-300.0, 300.0])
 def test_cross_entropy_of_logits_far_from_zero(level: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -276,7 +276,7 @@ def test_cross_entropy_of_logits_far_from_zero(level: float) -> None:
     assert relative(got[:, 1:], torch.autograd.grad(want, exact)[0][:, 1:]) < BF16
 
 
-@needs_amx
+@needs_products
 def test_cross_entropy_of_one_word() -> None:
     hidden = torch.ones(2, 32, dtype=torch.bfloat16).requires_grad_()
     loss = chunked_cross_entropy(
@@ -286,7 +286,7 @@ def test_cross_entropy_of_one_word() -> None:
     assert loss.item() == 0.0 and torch.equal(grad, torch.zeros_like(grad))
 
 
-@needs_amx
+@needs_products
 def test_a_broken_hidden_state_gives_a_broken_loss() -> None:
     hidden = torch.ones(3, 32, dtype=torch.bfloat16)
     hidden[1, 5] = float("nan")

@@ -74,7 +74,7 @@ def test_norms_and_swiglu_are_found(architecture: str) -> None:
     assert count.mlps == 2 and count.norms >= 5 and count.rotations == 2
 
 
-@pytest.mark.skipif(not native.has_amx(), reason="no native kernels for attention here")
+@pytest.mark.skipif(not native.computes_products(), reason="no native kernels for attention here")
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gpt_neox"])
 def test_native_kernels_are_as_near_to_fp32_as_torch(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(architecture).float()
@@ -94,7 +94,7 @@ def test_native_kernels_are_as_near_to_fp32_as_torch(architecture: str, monkeypa
     fuse(model)
     ours = (gradients(torch.bfloat16) - exact).norm()
     monkeypatch.setattr(native, "_load", lambda: (None, "switched off"))
-    monkeypatch.setattr(native, "has_amx", lambda: False)
+    monkeypatch.setattr(native, "computes_products", lambda: False)
     assert ours <= 1.5 * (gradients(torch.bfloat16) - exact).norm()
     assert ours < 0.1 * exact.norm()
 
@@ -131,7 +131,7 @@ def four_bit_layer(quant_type: str, nested: bool, dtype: torch.dtype = torch.bfl
     return layer.to("cpu")
 
 
-@pytest.mark.skipif(not native.has_amx(), reason="no native kernels for LoRA here")
+@pytest.mark.skipif(not native.computes_products(), reason="no native kernels for LoRA here")
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_the_kernel_reads_4_bits_as_bitsandbytes_does(quant_type: str, nested: bool) -> None:

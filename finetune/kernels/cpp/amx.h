@@ -2,7 +2,7 @@
 #pragma once
 #include "avx512.h"
 
-constexpr index_t TILE = 32;          // rows and columns of a block: 2 x 2 tile registers
+// A block of TILE rows and columns is 2 x 2 tile registers.
 constexpr index_t PANEL = TILE * TILE;  // elements of a packed operand of depth 32 and width 32
 
 // Every tile register 16 rows of 64 bytes. A thread sets this before its first product and calls _tile_release after.

@@ -30,7 +30,7 @@ void exponentials(const Row& row, index_t tile, const index_t* list, index_t cou
                 float* at = column + (n * TILE + key) * TILE;
                 __m512 values = _mm512_loadu_ps(at);
                 if (partial) {
-                    __mmask16 seen = row.seen(tile * TILE + half * 16, list[n] * TILE + key);
+                    __mmask16 seen = seen_lanes(row, tile * TILE + half * 16, list[n] * TILE + key);
                     values = _mm512_mask_mov_ps(hidden, seen, values);
                     _mm512_storeu_ps(at, values);
                 }

@@ -9,41 +9,20 @@
 // Shapes: T tokens (a multiple of 32), H heads, G key heads, D head size (a multiple of 32, at most 256).
 #pragma once
 #include "amx.h"
-#include <algorithm>
-#include <vector>
+#include "attention_row.h"
 
 namespace {
 
-struct Row {
-    index_t tokens, heads, kv_heads, dim;
-    const std::int32_t *own_start, *prefix_start, *prefix_end;  // [T]
-    const std::uint8_t* visits;                                 // [T/32, T/32]
-    float scale;
+// Which of sixteen queries from `query` on see a key.
+inline __mmask16 seen_lanes(const Row& row, index_t query, index_t key) {
+    __m512i wanted = _mm512_set1_epi32(static_cast<int>(key));
+    __m512i queries = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(query)), counting());
+    return (_mm512_cmpge_epi32_mask(wanted, _mm512_loadu_si512(row.own_start + query)) &
+            _mm512_cmple_epi32_mask(wanted, queries)) |
+           (_mm512_cmpge_epi32_mask(wanted, _mm512_loadu_si512(row.prefix_start + query)) &
+            _mm512_cmplt_epi32_mask(wanted, _mm512_loadu_si512(row.prefix_end + query)));
+}
 
-    index_t tiles() const { return tokens / TILE; }
-    index_t chunks() const { return dim / TILE; }
-    index_t head_size() const { return tokens * dim; }
-    float factor() const { return scale * 1.44269504f; }  // of scores whose exponentials are powers of 2
-    index_t kv_of(index_t head) const { return head / (heads / kv_heads); }
-    // Which of sixteen queries from `query` on see a key.
-    __mmask16 seen(index_t query, index_t key) const {
-        __m512i wanted = _mm512_set1_epi32(static_cast<int>(key));
-        __m512i queries = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(query)), counting());
-        return (_mm512_cmpge_epi32_mask(wanted, _mm512_loadu_si512(own_start + query)) &
-                _mm512_cmple_epi32_mask(wanted, queries)) |
-               (_mm512_cmpge_epi32_mask(wanted, _mm512_loadu_si512(prefix_start + query)) &
-                _mm512_cmplt_epi32_mask(wanted, _mm512_loadu_si512(prefix_end + query)));
-    }
-};
-
-// [T, H, D] with its own strides; the elements of a head lie together.
-struct Heads {
-    const bf16* data;
-    index_t token_stride, head_stride;
-    const bf16* at(index_t head, index_t token) const { return data + head * head_stride + token * token_stride; }
-};
-
-constexpr index_t MAX_DIM = 256;
 constexpr index_t BLOCK = 4;  // tiles whose scores are looked at together
 using Weights = bf16[BLOCK * PANEL];
 
@@ -56,14 +35,6 @@ void pack_heads(const Heads& x, const Row& row, index_t heads, bf16* out, Pack p
             for (index_t chunk = 0; chunk < row.chunks(); ++chunk)
                 pack(x.at(head, tile * TILE) + chunk * TILE, x.token_stride,
                      out + head * row.head_size() + (tile * row.chunks() + chunk) * PANEL);
-}
-
-// The key tiles that a tile of queries sees.
-std::vector<index_t> visited(const Row& row, index_t tile) {
-    std::vector<index_t> list;
-    for (index_t key = 0; key < row.tiles(); ++key)
-        if (row.visits[tile * row.tiles() + key]) list.push_back(key);
-    return list;
 }
 
 // A tile of a head's rows, `stride` elements apart, its panels on the other side, and where the scores [32, 32] go

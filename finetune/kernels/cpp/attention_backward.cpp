@@ -1,5 +1,6 @@
 // The backward pass of attention: attention.h says how, attention_plan.h who computes what.
 #ifdef __AMX_BF16__
+#include "attention.h"
 #include "attention_plan.h"
 #include "kept.h"
 
@@ -159,7 +160,7 @@ inline void differentiate(const Row& row, const Scores& pair, const float* lse, 
         for (index_t n = 0; n < 4; ++n) {
             index_t at = i * TILE + n * 16;
             p[n] = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(pair.score + at), factor, own_lse[n % 2]));
-            if (PARTIAL) p[n] = _mm512_maskz_mov_ps(row.seen(query + n % 2 * 16, key + i + n / 2), p[n]);
+            if (PARTIAL) p[n] = _mm512_maskz_mov_ps(seen_lanes(row, query + n % 2 * 16, key + i + n / 2), p[n]);
             d[n] = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(pair.d_prob + at), own_delta[n % 2]), p[n]);
         }
         store_bf16(prob + i * TILE, p[0], p[1]);

@@ -4,7 +4,7 @@
 // tiles at a time. A key tile that more than one span visits has a slot of memory in each window that visits it,
 // where its gradients' sums gather; the windows' slots are added up in their order at the end.
 #pragma once
-#include "attention.h"
+#include "attention_row.h"
 
 namespace {
 
@@ -19,7 +19,10 @@ struct Plan {
     std::vector<index_t> cuts;   // where windows begin, and the end of the last
     std::vector<index_t> slots;  // [windows, T/32]: a key tile's in a window, or NONE
 
-    explicit Plan(const Row& row) {
+    // Which key tiles have slots: those that several spans visit, or all, where a window is computed in one go.
+    enum Slots { OF_SEVERAL_SPANS = 1, EVERY_KEY = 0 };
+
+    explicit Plan(const Row& row, Slots which = OF_SEVERAL_SPANS) {
         index_t group = row.heads / row.kv_heads;
         span = std::max<index_t>(1, SPAN_ELEMENTS / (TILE * row.dim * group));
         cut(row);
@@ -29,7 +32,7 @@ struct Plan {
             for (index_t w = 0; w < windows(); ++w)
                 for (index_t from = cuts[w]; from < cuts[w + 1]; from = end(w, from))
                     spans += visits(row, from, end(w, from), key);
-            for (index_t w = 0; spans > 1 && w < windows(); ++w)
+            for (index_t w = 0; spans > which && w < windows(); ++w)
                 if (visits(row, cuts[w], cuts[w + 1], key)) slots[w * row.tiles() + key] = num_slots++;
         }
     }

@@ -3,8 +3,15 @@
 #include <cstdint>
 #include <cstring>
 
+// Without units for bf16, products of bf16 matrices are fp32 ones (fma.h).
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AMX_BF16__) && !defined(__AVX512BF16__)
+#define FMA_PRODUCTS
+#endif
+
 using bf16 = std::uint16_t;
 using index_t = std::int64_t;
+
+constexpr index_t TILE = 32;  // tokens, inputs and outputs come in multiples of it
 
 static inline float to_float(bf16 value) {
     std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;

@@ -10,50 +10,14 @@
 
 namespace {
 
-struct Layer {
-    const bf16 *w, *bias;  // [O, D] or null; [O] or null
-    FourBit four_bit;      // where w is null
-    const float *a, *b;    // [rank, D], [O, rank]
-    bf16* y;               // [T, O]: the output; in the backward pass its gradient
-    float *da, *db;        // as a and b
-    index_t rank, outputs;
-    float scale;
-};
-
-struct Group {
-    const Layer* layers;
-    index_t count, dim;
-    // Where a layer's ranks begin, and after the last layer how many there are.
-    index_t first_rank(index_t layer) const {
-        index_t sum = 0;
-        for (index_t i = 0; i < layer; ++i) sum += layers[i].rank;
-        return sum;
+std::vector<Weight> weights_of(const Group& group) {
+    std::vector<Weight> out;
+    for (index_t i = 0; i < group.count; ++i) {
+        out.push_back({group.layers[i].w, group.layers[i].four_bit, group.dim});
+        out.back().expand_maxima(group.layers[i].outputs);
     }
-    index_t used() const { return first_rank(count); }
-    index_t ranks() const { return (used() + TILE - 1) / TILE * TILE; }
-    // Panels of all outputs, the layers' one after the other, and where one of them lies.
-    index_t panels() const {
-        index_t sum = 0;
-        for (index_t i = 0; i < count; ++i) sum += layers[i].outputs / TILE;
-        return sum;
-    }
-    struct Place {
-        index_t layer, output;
-    };
-    Place place_of(index_t panel) const {
-        index_t layer = 0;
-        for (; panel >= layers[layer].outputs / TILE; ++layer) panel -= layers[layer].outputs / TILE;
-        return {layer, panel * TILE};
-    }
-    std::vector<Weight> weights() const {
-        std::vector<Weight> out;
-        for (index_t i = 0; i < count; ++i) {
-            out.push_back({layers[i].w, layers[i].four_bit, dim});
-            out.back().expand_maxima(layers[i].outputs);
-        }
-        return out;
-    }
-};
+    return out;
+}
 
 using Matrix = std::vector<bf16>;
 
@@ -189,7 +153,7 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
     Group group{layers, count, dim};
     index_t ranks = group.ranks(), used = group.used();
     Matrix a = all_a(group), down(ranks * dim);
-    const std::vector<Weight> weights = group.weights();
+    const std::vector<Weight> weights = weights_of(group);
 #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
@@ -208,7 +172,7 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
         auto pack = [&](index_t panel, index_t panels, index_t operand, index_t step, index_t steps, bf16* to,
                         index_t stride) {
             for (index_t last = panel + panels; panel < last; ++panel, to += stride) {
-                auto [n, output] = group.place_of(panel);
+                auto [n, output] = group.place_of(panel * TILE);
                 for (index_t i = 0; i < steps; ++i) {
                     Weight::Tile from{buffer, TILE};
                     if (operand > 0)
@@ -221,14 +185,14 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
         };
         auto store = [&](index_t panel, index_t panels, index_t token, const float* sums) {
             for (index_t last = panel + panels, some; panel < last; panel += some, sums += some * PANEL) {
-                auto [n, output] = group.place_of(panel);
+                auto [n, output] = group.place_of(panel * TILE);
                 const Layer& layer = layers[n];
                 some = std::min(last - panel, (layer.outputs - output) / TILE);
                 store_tiles(sums, some, layer.bias ? layer.bias + output : nullptr,
                             layer.y + token * layer.outputs + output, layer.outputs);
             }
         };
-        auto [first, last] = share(group.panels());
+        auto [first, last] = share(group.outputs() / TILE);
         product({{x, dim, dim}, {xa, ranks, ranks}}, tokens, first, last, pack, store);
         _mm_sfence();  // outputs passed the caches
         _tile_release();
@@ -243,7 +207,7 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
     std::vector<Matrix> down;
     for (index_t n = 0; n < count; width += layers[n++].outputs) down.emplace_back(layers[n].outputs * ranks);
     Matrix up = all_a(group), dxa(tokens * ranks);
-    const std::vector<Weight> weights = dx ? group.weights() : std::vector<Weight>();
+    const std::vector<Weight> weights = dx ? weights_of(group) : std::vector<Weight>();
     index_t rows = (used + 15) / 16 * 16, tiles = tokens / TILE, parts = parts_of(tiles, rows * width);
     static thread_local Kept kept;
     float* sums = kept.at_least<float>(parts * rows * width);

@@ -1,30 +1,27 @@
 // RMSNorm, SwiGLU and rotary embedding over rows of bf16, one pass over memory each.
-#include "common.h"
+#include "vectors.h"
 #include <cmath>
-#ifdef __AVX512BF16__
-#include "avx512.h"
-#endif
 
 // The unit in which threads share long arrays.
 constexpr index_t BLOCK = 4096;
 
-#ifdef __AVX512BF16__
-// What is left over after the last 32 elements is for the loops of other processors.
-constexpr index_t LINE = 32;
+#ifdef VECTORS
+// What is left over after the last two vectors is for the loops of other processors.
+constexpr index_t LINE = 2 * LANES;
 
-// The sum of a(i) * b(i) over vectors of sixteen.
+// The sum of a(i) * b(i).
 template <class A, class B> static inline float dot_lines(index_t count, A a, B b) {
-    __m512 left = _mm512_setzero_ps(), right = left;
+    Vector left = all(0.0f), right = left;
     for (index_t i = 0; i < count; i += LINE) {
-        left = _mm512_fmadd_ps(a(i), b(i), left);
-        right = _mm512_fmadd_ps(a(i + 16), b(i + 16), right);
+        left = add_product(a(i), b(i), left);
+        right = add_product(a(i + LANES), b(i + LANES), right);
     }
-    return _mm512_reduce_add_ps(_mm512_add_ps(left, right));
+    return total(left + right);
 }
 
 // out = values(i). Not past the caches: what reads it comes soon.
 template <class Values> static inline void store_lines(bf16* out, index_t count, Values values) {
-    for (index_t i = 0; i < count; i += LINE) store_bf16(out + i, values(i), values(i + 16));
+    for (index_t i = 0; i < count; i += LINE) store_bf16(out + i, values(i), values(i + LANES));
 }
 #endif
 
@@ -39,7 +36,7 @@ void rms_norm_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, i
         bf16* out = y + row * dim;
         float sum = 0.0f;
         index_t lines = 0;
-#ifdef __AVX512BF16__
+#ifdef VECTORS
         lines = dim / LINE * LINE;
         auto values = [&](index_t i) { return load_bf16(in + i); };
         sum = dot_lines(lines, values, values);
@@ -48,9 +45,9 @@ void rms_norm_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, i
         for (index_t i = lines; i < dim; ++i) sum += to_float(in[i]) * to_float(in[i]);
         float scale = 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
         rstd[row] = scale;
-#ifdef __AVX512BF16__
+#ifdef VECTORS
         store_lines(out, lines, [&](index_t i) {
-            return _mm512_mul_ps(round_bf16(_mm512_mul_ps(values(i), _mm512_set1_ps(scale))), load_bf16(weight + i));
+            return round_bf16(values(i) * all(scale)) * load_bf16(weight + i);
         });
 #endif
 #pragma omp simd
@@ -67,19 +64,18 @@ void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* weight, const 
         bf16* out = dx + row * dim;
         float scale = rstd[row], dot = 0.0f;
         index_t lines = 0;
-#ifdef __AVX512BF16__
+#ifdef VECTORS
         lines = dim / LINE * LINE;
         auto values = [&](index_t i) { return load_bf16(in + i); };
-        auto scaled = [&](index_t i) { return _mm512_mul_ps(load_bf16(grad + i), load_bf16(weight + i)); };
+        auto scaled = [&](index_t i) { return load_bf16(grad + i) * load_bf16(weight + i); };
         dot = dot_lines(lines, scaled, values);
 #endif
 #pragma omp simd reduction(+ : dot)
         for (index_t i = lines; i < dim; ++i) dot += to_float(grad[i]) * to_float(weight[i]) * to_float(in[i]);
         float mean = dot * scale * scale / static_cast<float>(dim);
-#ifdef __AVX512BF16__
+#ifdef VECTORS
         store_lines(out, lines, [&](index_t i) {
-            __m512 across = _mm512_fnmadd_ps(values(i), _mm512_set1_ps(mean), scaled(i));
-            return _mm512_mul_ps(_mm512_set1_ps(scale), across);
+            return all(scale) * subtract_product(values(i), all(mean), scaled(i));
         });
 #endif
 #pragma omp simd
@@ -92,11 +88,11 @@ void silu_mul_forward(const bf16* gate, const bf16* up, bf16* y, index_t count, 
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t start = 0; start < count; start += BLOCK) {
         index_t stop = start + BLOCK < count ? start + BLOCK : count, lines = 0;
-#ifdef __AVX512BF16__
+#ifdef VECTORS
         lines = (stop - start) / LINE * LINE;
         store_lines(y + start, lines, [&](index_t i) {
-            __m512 g = load_bf16(gate + start + i);
-            return _mm512_mul_ps(_mm512_mul_ps(g, load_bf16(up + start + i)), sigmoid16(g));
+            Vector g = load_bf16(gate + start + i);
+            return g * load_bf16(up + start + i) * sigmoid(g);
         });
 #endif
 #pragma omp simd
@@ -112,17 +108,17 @@ void silu_mul_backward(const bf16* dy, const bf16* gate, const bf16* up, bf16* d
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t start = 0; start < count; start += BLOCK) {
         index_t stop = start + BLOCK < count ? start + BLOCK : count, lines = 0;
-#ifdef __AVX512BF16__
+#ifdef VECTORS
         lines = (stop - start) / LINE * LINE;
-        __m512 one = _mm512_set1_ps(1.0f);
+        Vector one = all(1.0f);
         for (index_t i = start; i < start + lines; i += LINE) {
-            __m512 dg[2], du[2];
+            Vector dg[2], du[2];
             for (index_t half = 0; half < 2; ++half) {
-                index_t at = i + 16 * half;
-                __m512 g = load_bf16(gate + at), s = sigmoid16(g), scaled = _mm512_mul_ps(load_bf16(dy + at), s);
-                __m512 slope = _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one);
-                dg[half] = _mm512_mul_ps(_mm512_mul_ps(scaled, load_bf16(up + at)), slope);
-                du[half] = _mm512_mul_ps(scaled, g);
+                index_t at = i + LANES * half;
+                Vector g = load_bf16(gate + at), s = sigmoid(g), scaled = load_bf16(dy + at) * s;
+                Vector slope = add_product(g, one - s, one);
+                dg[half] = scaled * load_bf16(up + at) * slope;
+                du[half] = scaled * g;
             }
             store_bf16(d_gate + i, dg[0], dg[1]);
             store_bf16(d_up + i, du[0], du[1]);
@@ -149,12 +145,12 @@ void rotate(const bf16* x, const bf16* cos, const bf16* sin, bf16* y, index_t ro
             const bf16* in = x + row * row_stride + head * head_stride;
             bf16* out = y + (row * heads + head) * dim;
             index_t lines = 0;
-#ifdef __AVX512BF16__
+#ifdef VECTORS
             lines = half / LINE * LINE;
             // x[i] * cos[i] + sign * x[j] * sin[k]
             auto turned = [&](index_t i, index_t j, index_t k, float sign) {
-                __m512 across = _mm512_mul_ps(_mm512_set1_ps(sign), _mm512_mul_ps(load_bf16(in + j), load_bf16(s + k)));
-                return _mm512_fmadd_ps(load_bf16(in + i), load_bf16(c + i), across);
+                Vector across = all(sign) * (load_bf16(in + j) * load_bf16(s + k));
+                return add_product(load_bf16(in + i), load_bf16(c + i), across);
             };
             store_lines(out, lines, [&](index_t i) {
                 return backward ? turned(i, i + half, i + half, 1.0f) : turned(i, i + half, i, -1.0f);

@@ -1,19 +1,9 @@
-// A frozen weight [O, D], in bf16 or in bitsandbytes' 4 bits, of which a tile at a time becomes bf16.
-//
-// 4 bits: two codes a byte, the earlier one in the high half; a code stands for a level times the absolute maximum of
-// its block of consecutive elements. With "double quantization" the maxima are codes of 8 bits themselves. Source:
-// bitsandbytes 0.50, functional.quantize_4bit and dequantize_4bit; the values are the same to the bit.
+// A frozen weight [O, D], in bf16 or in bitsandbytes' 4 bits, of which a tile at a time becomes bf16; the values are the
+// same to the bit as bitsandbytes' own.
 #pragma once
 #include "amx.h"
+#include "layers.h"
 #include <vector>
-
-struct FourBit {
-    const std::uint8_t* codes;         // [O * D / 2]; null for bf16
-    const float *levels, *absmax;      // [16], [blocks]
-    const std::uint8_t* absmax_codes;  // [blocks], or null; then of these:
-    const float *absmax_levels, *absmax_absmax, *absmax_offset;  // [256], [blocks of blocks], [1]
-    index_t block, absmax_block;       // multiples of 32; elements of each
-};
 
 struct Weight {
     const bf16* dense;
@@ -21,16 +11,7 @@ struct Weight {
     index_t dim;
     std::vector<float> maxima = {};
 
-    // Not a multiplication and addition in one rounding, which would give other bits.
-    __attribute__((noinline, optimize("fp-contract=off"))) void expand_maxima(index_t outputs) {
-        if (!four_bit.codes || !four_bit.absmax_codes) return;
-        maxima.resize(outputs * dim / four_bit.block);
-        for (index_t i = 0; i < static_cast<index_t>(maxima.size()); ++i)
-            maxima[i] = four_bit.absmax_levels[four_bit.absmax_codes[i]] *
-                            four_bit.absmax_absmax[i / four_bit.absmax_block] + *four_bit.absmax_offset;
-        four_bit.absmax = maxima.data();
-    }
-
+    void expand_maxima(index_t outputs) { maxima = ::expand_maxima(four_bit, outputs * dim); }
     struct Tile {
         const bf16* rows;
         index_t stride;
