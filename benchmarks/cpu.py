@@ -49,7 +49,7 @@ def line(title: str, report: dict[str, Any]) -> str:
     return (
         f"| {title} | {second['tokens_per_second']:,.0f} against {first['tokens_per_second']:,.0f} tokens/s: "
         f"{second['speed_ratio']:.2f} ×; {second['peak_share']:.0%} and {first['peak_share']:.0%} of the "
-        f"{report['peak_flops_per_second'] / 1e12:.2f} TFLOP/s of a bf16 product |"
+        f"{report['peak_flops_per_second'] / 1e12:.2f} TFLOP/s of a product in {report['peak_dtype']} |"
     )
 
 

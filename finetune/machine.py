@@ -8,7 +8,7 @@ import resource
 import sys
 from typing import Any
 
-# Set to 0, this keeps the native CPU kernels out of use.
+# Set to 0, this keeps the native CPU kernels out of use; set to fp32, those for units of bf16.
 KERNEL_SWITCH = "FINETUNE_NATIVE_KERNELS"
 
 

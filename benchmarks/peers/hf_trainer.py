@@ -63,7 +63,7 @@ def train_and_measure(trainer: Trainer, held_out: str, train: Callable[[], Any] 
     (train or trainer.train)()
     memory = measure.peak_memory_bytes()
     model = trainer.model.eval()
-    with torch.autocast(measure.device().type, torch.bfloat16):
+    with torch.autocast(measure.device().type, torch.bfloat16, enabled=trainer.args.bf16):
         loss = measure.mean_loss(lambda ids: model(input_ids=ids).logits, measure.read_samples(held_out))
     first, last = clock.micro_batches[measure.WARMUP_STEPS - 1], clock.micro_batches[-1]
     return {

@@ -30,6 +30,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype(settings: dict[str, Any]) -> torch.dtype:
+    """What a peer computes in."""
+    return torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+
+
 def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():

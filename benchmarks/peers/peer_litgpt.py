@@ -76,7 +76,7 @@ def main() -> None:
     lora.setup(
         checkpoint_of(task),
         out_dir=out,
-        precision="bf16-true",
+        precision={"bf16": "bf16-true", "fp32": "32-true"}[settings["precision"]],
         lora_r=settings["rank"],
         lora_alpha=settings["alpha"],
         lora_dropout=0.0,

@@ -35,7 +35,8 @@ def build_trainer(task: dict[str, Any], model: Any, *, packed: bool = False, **a
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
-        "model_init_kwargs": {"dtype": "bfloat16"} if isinstance(model, str) else None,
+        "bf16": settings["precision"] == "bf16",
+        "model_init_kwargs": {"dtype": measure.dtype(settings)} if isinstance(model, str) else None,
     }
     return SFTTrainer(
         model=model,

@@ -20,8 +20,9 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 START, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 
-# Same model, data, adapter, optimizer (AdamW, no weight decay), constant learning rate, bf16, longest row.
+# Same model, data, adapter, optimizer (AdamW, no weight decay), constant learning rate, longest row.
 SETTINGS: dict[str, Any] = {
+    "precision": "bf16",  # of the peers: a CPU without units for bf16 computes it far slower than fp32
     "rank": 8,
     "alpha": 16,
     "lr": 5e-4,
@@ -198,7 +199,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"`{report['command']}`, {report['rounds']} rounds in turns, {report['date']}: {machine['processor']}, "
         f"{machine['threads']} threads, {machine['memory_bytes'] / 1e9:.0f} GB"
         f"{''.join(', ' + gpu for gpu in machine['gpus'])}. {settings['train_samples']} samples in steps of "
-        f"{settings['samples_per_step']}, the first step not timed. Ratios are medians over rounds; memory is a "
+        f"{settings['samples_per_step']}, the first step not timed; the peers in {settings['precision']}, finetune in "
+        "bf16. Ratios are medians over rounds; memory is a "
         "process's peak; loss is on held-out samples after training, and a row that differs from finetune's by more "
         f"than {LOSS_NOISE} does not count. [Every figure](benchmarks_peers.json).",
         "",
@@ -252,6 +254,17 @@ def describe_machine(pythons: dict[str, Path]) -> dict[str, Any]:
     return machine
 
 
+def faster_precision() -> str:
+    """bf16 where there is a GPU or a CPU with units for it, else fp32."""
+    code = (
+        "import torch; from finetune.kernels.products import has_bf16_units\n"
+        "print(torch.cuda.is_available() or has_bf16_units())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return "bf16" if last_line(done.stdout) == "True" else "fp32"
+
+
 def find_pythons(root: Path, chosen: list[str]) -> tuple[dict[str, Path], dict[str, str]]:
     """The Python of every peer, and why others have none."""
     cuda = Path("/proc/driver/nvidia/version").exists()
@@ -280,10 +293,12 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=SETTINGS["train_samples"], help="training samples of a run")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the peers'; default: what is faster here")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one run may take")
     parser.add_argument("--write", action="store_true", help="put table and figures into docs/")
     arguments = parser.parse_args()
     SETTINGS["train_samples"] = arguments.samples
+    SETTINGS["precision"] = arguments.precision or faster_precision()
     arguments.work = arguments.work.resolve()
     arguments.sources = {
         "GSM8K": str(arguments.data / "gsm8k_train.instruction.jsonl"),

@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     stdout.print(table(report))
     peak = report["peak_flops_per_second"] / 1e12
     stdout.print(
-        f"Medians of {arguments.rounds} rounds of {arguments.steps} steps. Peak: {peak:.2f} TFLOP/s, a bf16 product of "
-        f"square matrices here. FLOP/s count what LoRA training needs: no padding, nothing computed twice."
+        f"Medians of {arguments.rounds} rounds of {arguments.steps} steps. Peak: {peak:.2f} TFLOP/s, a product of "
+        f"square matrices in {report['peak_dtype']} here. FLOP/s count what LoRA training needs: no padding, nothing "
+        "computed twice."
     )
     if arguments.json is not None:
         write_json(arguments.json, report)

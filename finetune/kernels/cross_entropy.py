@@ -1,8 +1,9 @@
 """Cross-entropy of a language-model head over supervised positions only, a chunk of tokens at a time.
 
 Neither the logits nor their gradient ever exist for more than one chunk, so memory is bounded by the chunk and not
-by tokens x vocabulary. Each chunk's gradient is taken in the forward pass, so nothing is computed twice. On a CPU with
-AMX a frozen plain head has a native kernel, `cpp/cross_entropy.cpp`, that keeps the logits in the caches.
+by tokens x vocabulary. Each chunk's gradient is taken in the forward pass, so nothing is computed twice. On many CPUs
+a frozen plain head has a native kernel that keeps the logits in the caches: `cpp/cross_entropy.cpp` for AMX,
+`cpp/cross_entropy_fma.cpp`.
 
 Shapes: N supervised tokens, D hidden size, V vocabulary.
 """

@@ -3,7 +3,8 @@
 PEFT's layer takes several graph nodes, casts x to fp32 and back, and makes the update a tensor of its own. Here q, k
 and v (or gate and up) are one node in the compute dtype: their A products are one, x is kept once, and its gradient is
 summed in place. A frozen 4-bit weight is expanded when it is needed and dropped again. The adapter's parameters stay
-PEFT's own. On a CPU with AMX each pass is one native kernel, `cpp/lora.cpp`, which reads 4 bits as they are stored.
+PEFT's own. On many CPUs each pass is one native kernel (`cpp/lora.cpp` for AMX, `cpp/lora_fma.cpp`), which reads 4 bits
+as they are stored.
 
 Shapes: T tokens, D inputs, O outputs, R rank.
 """

@@ -31,6 +31,9 @@ SOURCES = Path(__file__).with_name("cpp")
 # Contraction: a * b + c in one rounding, which is faster and more exact. Without trapping math, g++ 12 computed both
 # sides of exp's clamps for every element: SwiGLU took six times as long, from denormal numbers.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast")
+# With the switch at FP32, those for processors without units for bf16, on any x86: to compare and to test them.
+FP32 = "fp32"
+WITHOUT_BF16_UNITS = ("-mno-amx-bf16", "-mno-avx512bf16")
 # Tokens and widths must be multiples of it for attention and linear layers.
 TILE = 32
 
@@ -134,34 +137,36 @@ def _products_granted() -> bool:
 
 def _built() -> Path:
     """The shared library's path, after compiling it if this machine has not yet."""
-    if os.environ.get(KERNEL_SWITCH) == "0":
+    switch = os.environ.get(KERNEL_SWITCH)
+    if switch == "0":
         raise NativeKernelsMissingError(f"{KERNEL_SWITCH} is 0")
     compiler = shutil.which("g++")
     if platform.system() != "Linux" or compiler is None:
         raise NativeKernelsMissingError("they are compiled with g++ on Linux, which is not here")
     sources = sorted(SOURCES.glob("*.cpp"))
+    flags = (*FLAGS, *WITHOUT_BF16_UNITS) if switch == FP32 else FLAGS
     name = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         name.update(path.read_bytes())
     # A cache may be shared by machines that differ.
-    name.update("\n".join((compiler, *FLAGS, _processor(), torch.__version__)).encode())
+    name.update("\n".join((compiler, *flags, _processor(), torch.__version__)).encode())
     path = cache_dir() / "kernels" / f"{name.hexdigest()[:20]}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            _compile(compiler, sources, Path(folder) / path.name)
+            _compile([compiler, *flags], sources, Path(folder) / path.name)
             os.replace(Path(folder) / path.name, path)
     return path
 
 
-def _compile(compiler: str, sources: list[Path], path: Path) -> None:
+def _compile(compiler: list[str], sources: list[Path], path: Path) -> None:
     objects = [path.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor() as pool:
-        one = partial(_call, compiler, *FLAGS, "-fopenmp", "-fPIC", "-o")
+        one = partial(_call, *compiler, "-fopenmp", "-fPIC", "-o")
         list(pool.map(one, objects, repeat("-c"), sources))
     # torch's own OpenMP by its path: a second one would have threads of its own that wait for the same cores.
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    _call(compiler, "-shared", *objects, openmp[0] if openmp else "-fopenmp", "-o", path)
+    _call(compiler[0], "-shared", *objects, openmp[0] if openmp else "-fopenmp", "-o", path)
 
 
 def _call(*command: str | Path) -> None:

@@ -40,7 +40,7 @@ class _Heads(ctypes.Structure):
 
 
 def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the kernel computes these: one row in bf16 on a CPU with AMX, tokens and head size multiples of 32.
+    """Whether the kernel computes these: one row in bf16 on a CPU, tokens and head size multiples of 32.
 
     Heads of more than 256 are left to torch: the kernel's blocks are sized for less.
     """

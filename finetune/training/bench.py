@@ -215,6 +215,7 @@ def _report(recipe: Any, results: dict[str, VariantResult], steps: int) -> dict[
         "peak_flops_per_second": statistics.median(
             one["peak_flops_per_second"] for result in ran for one in result.rounds
         ),
+        "peak_dtype": some["peak_dtype"],
         "variants": [result.summary(ran[0]) for result in results.values()],
         "rounds": rounds,
     }

@@ -169,17 +169,23 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": memory,
         # Here and now: the machine may be slower in another round.
         "peak_flops_per_second": matmul_peak(module.device),
+        "peak_dtype": str(peak_dtype(module.device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "machine": describe_machine(),
         "versions": library_versions(),
     }
 
 
+def peak_dtype(device: torch.device) -> torch.dtype:
+    """bf16, or fp32 on a CPU that has no units for bf16: there it is faster."""
+    return torch.bfloat16 if device.type == "cuda" or has_bf16_units() else torch.float32
+
+
 def matmul_peak(device: torch.device) -> float:
-    """The best rate (FLOP/s) of a product of square matrices, in bf16 where the device has units for it, else fp32."""
-    best, dtype = 0.0, torch.bfloat16 if device.type == "cuda" or has_bf16_units() else torch.float32
+    """The best rate (FLOP/s) of a product of square matrices in `peak_dtype`, after a warm-up."""
+    best = 0.0
     for size in (8192, 16384) if device.type == "cuda" else (1024, 2048):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=device).to(peak_dtype(device)) for _ in range(2))
         clock = Clock(device)
         times = []
         for _ in range(6):

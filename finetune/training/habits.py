@@ -145,9 +145,9 @@ def _native_kernels(recipe: Recipe, placement: Placement, _: bool) -> tuple[bool
         return False, "they compute in bf16; set training.precision: bf16-mixed"
     if (reason := native.why_missing()) is not None:
         return False, reason
-    return True, "norms, SwiGLU and rotation" + (
-        ", attention, loss and LoRA" if native.computes_products() else "; no AMX here"
-    )
+    if native.computes_products():
+        return True, "attention, loss, linear layers, norms, SwiGLU and rotation"
+    return True, "norms, SwiGLU and rotation; the others need AMX, or AVX2 where there are no units for bf16"
 
 
 def _fused_optimizer(recipe: Recipe, _: Placement, __: bool) -> tuple[bool, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.layout import Group, RowLayout, attention_blocks, block_mask
 from finetune.kernels.lora import Projection, _native_takes, lora_linears
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
+from finetune.kernels.products import has_bf16_units
 from finetune.machine import KERNEL_SWITCH
 
 # Where there is a compiler they must compile.
@@ -318,8 +320,9 @@ def test_swiglu() -> None:
     grads = zip(torch.autograd.grad(y.float().sum(), (gate, up)), torch.autograd.grad(want.sum(), exact), strict=True)
     for left, right in [(y, want), *grads]:
         torch.testing.assert_close(left.double(), right, rtol=1e-2, atol=1e-5)
-    broken = torch.tensor([float("nan"), float("inf")]).bfloat16()
-    assert torch.isnan(silu_mul(broken, torch.ones(2).bfloat16())).tolist() == [True, False]
+    for count in (1, 32):  # less than a vector, and several
+        broken = torch.tensor([float("nan"), float("inf")] * count).bfloat16()
+        assert torch.isnan(silu_mul(broken, torch.ones_like(broken))).tolist() == [True, False] * count
 
 
 @pytest.mark.parametrize("dim", [16, 64])
@@ -364,6 +367,20 @@ def test_without_the_kernels_torch_computes_the_same(changes: dict[str, str], re
     x = torch.linspace(-4, 4, 64).bfloat16()
     got = torch.tensor([float(value) for value in values.strip("[]").split(",")])
     torch.testing.assert_close(got, silu_mul(x, x).float(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(has_bf16_units() is False, reason="the kernels in fp32 are what runs here anyway")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="they need AVX2")
+def test_the_kernels_for_processors_without_bf16_units_hold_here_too() -> None:
+    environment = {**os.environ, KERNEL_SWITCH: native.FP32}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "attention or lora or deep or cross_entropy or norm or swiglu or rotation"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:]
 
 
 def test_an_error_of_the_compiler_is_said(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.kernels import products
 from finetune.kernels.products import FEW_ROWS, OPERATIONS, _in_fp32, has_bf16_units
 
 # One rounding to bf16 is on average a third of 2^-8.
@@ -40,6 +41,14 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], Callable[..., torch.Tens
 
 def test_every_replaced_operation_has_a_case() -> None:
     assert set(CASES) == {name for name in OPERATIONS if "mm" in name}
+
+
+def test_a_right_operand_is_widened_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "WIDENED", 64 * 48)
+    x, weight = draw(40, 48), draw(150, 48)
+    for right in (weight.t(), weight.t().contiguous()):
+        got = _in_fp32("mm")(x, right)
+        assert (got.double() - x.double() @ weight.double().t()).norm() <= BF16 * got.double().norm()
 
 
 @pytest.mark.parametrize("name", CASES)

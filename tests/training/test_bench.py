@@ -47,6 +47,16 @@ def test_variants_run_in_processes_of_their_own(model_dir: ModelDir, rows: Path,
         assert min(first["phases"].values()) > 0 and sum(first["phases"].values()) <= first["seconds"]
 
 
+def test_a_recipe_may_warm_up_for_longer_than_is_timed(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    values = tiny_recipe(
+        tmp_path, model_dir("llama"), rows, training={"max_steps": 200, "schedule": {"warmup_steps": 100}}
+    )
+    recipe = write_recipe(tmp_path / "tiny.yaml", values)
+    report = bench_training(recipe, [], ["recipe"], steps=1, rounds=1)
+    assert report["variants"][0]["tokens_per_second"] > 0
+    assert report["peak_dtype"] in ("bfloat16", "float32")
+
+
 def test_a_trace_is_written(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(tmp_path, model_dir("llama"), rows))
     trace = tmp_path / "trace.json"
