@@ -8,6 +8,7 @@ import torch
 
 from finetune.inference.dense import dense_weights
 from finetune.inference.mode import inference_mode
+from finetune.kernels.products import has_bf16_units
 from finetune.models.adapters import attach_adapter
 from finetune.recipe.schema import LoraSection
 from tests.inference.conftest import build_llama
@@ -69,3 +70,19 @@ def test_copies_that_do_not_fit_are_not_made(base_folder: Path, tokenizer: Any) 
     model = quantized(base_folder, tokenizer)
     with dense_weights(model, max_bytes=1000) as size:
         assert size == 0
+
+
+@pytest.mark.skipif(has_bf16_units(), reason="the processor has units for bf16")
+def test_without_bf16_units_copies_are_fp32(base_folder: Path, tokenizer: Any) -> None:
+    model = quantized(base_folder, tokenizer).bfloat16()
+    with inference_mode(model):
+        want = model(input_ids=IDS).logits
+        with dense_weights(model) as size:
+            got = model(input_ids=IDS).logits
+            assert model.get_base_model().get_output_embeddings().weight.dtype == torch.float32
+        with dense_weights(model, max_bytes=size - 1) as narrow:
+            again = model(input_ids=IDS).logits
+    assert 0 < narrow < size  # the head stays as it is
+    assert got.dtype == again.dtype == torch.bfloat16
+    for logits in (got, again):
+        torch.testing.assert_close(logits, want, rtol=3e-2, atol=3e-2)

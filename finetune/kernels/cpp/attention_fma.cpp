@@ -17,31 +17,37 @@ namespace {
 constexpr float HIDDEN = -1e30f;  // the score of a pair that does not see each other
 constexpr index_t PAIR = TILE * TILE;
 
-// c [32, columns] = or += a [32, depth] times b [depth, columns]; a's elements are `row` and `step` apart, the others'
-// rows lie one after the other. Four rows of sixteen columns are summed in registers.
+// R rows of c [32, columns] = or += a [32, depth] times b [depth, columns], from row i on; a's elements are `row` and
+// `step` apart, the others' rows lie one after the other.
+template <index_t R>
+inline void some_rows(index_t i, const float* a, index_t row, index_t step, const float* b, index_t depth,
+                      index_t columns, float* c, bool accumulate) {
+    for (index_t j = 0; j < columns; j += WIDTH) {
+        float* out = c + i * columns + j;
+        __m256 sums[R][2];
+        for (index_t n = 0; n < R; ++n)
+            for (index_t half = 0; half < 2; ++half)
+                sums[n][half] = accumulate ? _mm256_load_ps(out + n * columns + 8 * half) : _mm256_setzero_ps();
+        const float *left = a + i * row, *right = b + j;
+        for (index_t k = 0; k < depth; ++k, left += step, right += columns) {
+            __m256 low = _mm256_load_ps(right), high = _mm256_load_ps(right + 8);
+#pragma GCC unroll 6
+            for (index_t n = 0; n < R; ++n) {
+                __m256 one = _mm256_broadcast_ss(left + n * row);
+                sums[n][0] = _mm256_fmadd_ps(one, low, sums[n][0]);
+                sums[n][1] = _mm256_fmadd_ps(one, high, sums[n][1]);
+            }
+        }
+        for (index_t n = 0; n < R; ++n)
+            for (index_t half = 0; half < 2; ++half) _mm256_store_ps(out + n * columns + 8 * half, sums[n][half]);
+    }
+}
+
+// All 32 of them: six together keep both of the units busy, four nearly.
 inline void block(const float* a, index_t row, index_t step, const float* b, index_t depth, index_t columns, float* c,
                   bool accumulate) {
-    constexpr index_t R = 4;
-    for (index_t i = 0; i < TILE; i += R)
-        for (index_t j = 0; j < columns; j += WIDTH) {
-            float* out = c + i * columns + j;
-            __m256 sums[R][2];
-            for (index_t n = 0; n < R; ++n)
-                for (index_t half = 0; half < 2; ++half)
-                    sums[n][half] = accumulate ? _mm256_load_ps(out + n * columns + 8 * half) : _mm256_setzero_ps();
-            const float *left = a + i * row, *right = b + j;
-            for (index_t k = 0; k < depth; ++k, left += step, right += columns) {
-                __m256 low = _mm256_load_ps(right), high = _mm256_load_ps(right + 8);
-#pragma GCC unroll 4
-                for (index_t n = 0; n < R; ++n) {
-                    __m256 one = _mm256_broadcast_ss(left + n * row);
-                    sums[n][0] = _mm256_fmadd_ps(one, low, sums[n][0]);
-                    sums[n][1] = _mm256_fmadd_ps(one, high, sums[n][1]);
-                }
-            }
-            for (index_t n = 0; n < R; ++n)
-                for (index_t half = 0; half < 2; ++half) _mm256_store_ps(out + n * columns + 8 * half, sums[n][half]);
-        }
+    for (index_t i = 0; i < 24; i += 6) some_rows<6>(i, a, row, step, b, depth, columns, c, accumulate);
+    for (index_t i = 24; i < TILE; i += 4) some_rows<4>(i, a, row, step, b, depth, columns, c, accumulate);
 }
 
 // c [32, columns] = or += a [32, depth] b, and aT b for a [32, 32].
