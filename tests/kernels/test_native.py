@@ -169,7 +169,7 @@ def test_lora(ranks: tuple[int, ...], first_layer: bool) -> None:
 def test_a_deep_product_is_the_same_in_parts_and_by_threads() -> None:
     # Depth in parts of several blocks, more tokens than one pass takes, strips of unequal width.
     generator = torch.Generator().manual_seed(0)
-    tokens, dim, outputs = 1056, 2720, 672
+    tokens, dim, outputs = 1184, 2720, 672
     x = torch.randn(tokens, dim, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(outputs, dim, generator=generator).bfloat16()
     a, b = (torch.randn(*size, generator=generator).requires_grad_() for size in ((8, dim), (outputs, 8)))

@@ -9,21 +9,6 @@ namespace {
 constexpr index_t BATCH = 8;    // key tiles whose d(scores) are kept for dq
 constexpr index_t FETCHED = 2;  // tokens asked for in each half of a pair
 
-struct Task {
-    const Row& row;
-    const Plan& plan;
-    const Heads &q, &k, &v, &out, &grad;
-    const float* lse;
-    bf16 *dq, *dk, *dv;
-    float* slots;  // [G, slots of a key head][dk and dv: 2][32, D]
-
-    index_t group() const { return row.heads / row.kv_heads; }
-    index_t size() const { return TILE * row.dim; }
-    float* slot(index_t kv, index_t index) const { return slots + (kv * plan.num_slots + index) * 2 * size(); }
-};
-
-constexpr std::size_t KEPT_SLOTS = 8 << 20;  // bytes: where there are more, products take far longer than new pages
-
 // Of a pair of tiles, [32 keys, 32 queries].
 struct Scores {
     float score[PANEL], d_prob[PANEL];

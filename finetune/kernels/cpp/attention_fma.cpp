@@ -169,22 +169,6 @@ struct Query {
     }
 };
 
-// The rows of the backward pass, and where its gradients go.
-struct Task {
-    const Row& row;
-    const Plan& plan;
-    const Heads &q, &k, &v, &out, &grad;
-    const float* lse;
-    bf16 *dq, *dk, *dv;
-    float* slots;  // [G, slots of a key head][dk and dv: 2][32, D]
-
-    index_t group() const { return row.heads / row.kv_heads; }
-    index_t size() const { return TILE * row.dim; }
-    float* slot(index_t kv, index_t index) const { return slots + (kv * plan.num_slots + index) * 2 * size(); }
-};
-
-constexpr std::size_t KEPT_SLOTS = 8 << 20;  // bytes: where there are more, products take far longer than new pages
-
 // A tile of queries of one head: its rows and their gradients, also transposed, and sums.
 struct Member {
     float *query, *query_t, *grad, *grad_t, *dq, *delta;
