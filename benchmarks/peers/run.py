@@ -295,15 +295,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SETTINGS["train_samples"], help="training samples of a run")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="the peers'; default: what is faster here")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one run may take")
+    parser.add_argument("--sources", default="GSM8K,GPTeacher", help="which of the data sets")
+    parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--write", action="store_true", help="put table and figures into docs/")
     arguments = parser.parse_args()
     SETTINGS["train_samples"] = arguments.samples
     SETTINGS["precision"] = arguments.precision or faster_precision()
     arguments.work = arguments.work.resolve()
-    arguments.sources = {
+    sources = {
         "GSM8K": str(arguments.data / "gsm8k_train.instruction.jsonl"),
         "GPTeacher": str(arguments.data / "gpteacher_codegen.alpaca.jsonl"),
     }
+    chosen = arguments.sources.split(",")
+    if unknown := [name for name in chosen if name not in sources]:
+        parser.error(f"--sources: {', '.join(unknown)} is none of {', '.join(sources)}")
+    arguments.sources = {name: sources[name] for name in chosen}
     for file in arguments.sources.values():
         if not Path(file).is_file():
             parser.error(f"--data: no such file: {file}")
@@ -321,6 +327,8 @@ def main() -> None:
     }
     text = markdown(report)
     print(text)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.write:
         write_docs(text, report)
 
