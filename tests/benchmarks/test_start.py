@@ -10,7 +10,7 @@ from finetune.kernels.products import has_bf16_units
 from tests.scripts import ROOT, load_script
 
 # Measured on two cores with AMX: 0.1, 0.5 and 6.9 s. Without units for bf16 the step alone takes 6 s instead of 2.
-SECONDS = {"--help": 0.3, "check": 2.0, "run": 11.0 if has_bf16_units() else 20.0}
+SECONDS = {"--help": 0.3, "check": 2.0, "run": 11.0 if has_bf16_units() else 30.0}
 
 
 @pytest.mark.slow
