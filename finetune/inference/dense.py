@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -92,17 +93,17 @@ def _is_replaceable(module: torch.nn.Module) -> bool:
         return False
     if isinstance(base, Linear4bit) and getattr(base.weight, "quant_state", None) is None:
         return False
-    return base.weight.device.type == "cpu" and not isinstance(base.weight, DTensor)
+    return _is_whole_on_cpu(base.weight)
 
 
 def _is_narrow_linear(module: torch.nn.Module) -> bool:
     """Whether it is a plain linear layer in bf16, such as the head."""
-    return (
-        type(module) is torch.nn.Linear
-        and module.weight.dtype == torch.bfloat16
-        and module.weight.device.type == "cpu"
-        and not isinstance(module.weight, DTensor)
-    )
+    is_bf16 = type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16
+    return is_bf16 and _is_whole_on_cpu(module.weight)
+
+
+def _is_whole_on_cpu(weight: Any) -> bool:
+    return weight.device.type == "cpu" and not isinstance(weight, DTensor)
 
 
 def _base_layer(layer: torch.nn.Module) -> torch.nn.Linear:
