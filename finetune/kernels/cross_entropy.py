@@ -76,6 +76,7 @@ class _NativeCrossEntropy(torch.autograd.Function):
             sums = torch.empty(count + -count % native.TILE, dim, dtype=torch.float32)
             ctx.save_for_backward(grad)
         tensors = (hidden_ND, weight_VD, targets_N.contiguous(), losses, grad, sums)
+        native.keeps("cross_entropy", count, dim)
         native.call("cross_entropy", *tensors, count, vocab_size, dim)
         return losses.sum()
 

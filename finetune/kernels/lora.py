@@ -180,6 +180,7 @@ class _NativeLoraLinears(torch.autograd.Function):
         outputs = tuple(x.new_empty(*x.shape[:-1], layer.b_OR.shape[0]) for layer in layers)
         xa_TR = x.new_empty(tokens, -(-ranks // native.TILE) * native.TILE)
         group = partial(_native_layers, layers, [_frozen(layer, x.dtype) for layer in layers], outputs)
+        native.keeps("lora", tokens, dim + ranks)
         native.call("lora_forward", group, x, xa_TR, len(layers), tokens, dim)
         ctx.save_for_backward(x, xa_TR)
         ctx.layers = layers
@@ -196,6 +197,7 @@ class _NativeLoraLinears(torch.autograd.Function):
         # In the order of the arguments: a and b of each layer.
         d_matrices = [torch.empty_like(matrix) for matrix in _matrices(layers)]
         group = partial(_native_layers, layers, frozen, dys, d_matrices)
+        native.keeps("lora", tokens, sum(dy.shape[-1] for dy in dys) + sum(_ranks(layers)))
         native.call("lora_backward", group, x, xa_TR, dx, len(layers), tokens, dim)
         return dx, None, *d_matrices
 

@@ -44,7 +44,8 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 Structure = Callable[[], ctypes.Structure | ctypes.Array[Any]]
 Argument = torch.Tensor | Structure | int | float | None
 
-_tracing = False
+# Within `traced`: what each kernel keeps from call to call, in bytes.
+_traced: dict[str, int] | None = None
 
 
 class NativeKernelsMissingError(Exception):
@@ -63,18 +64,28 @@ def in_memory(tensor: torch.Tensor) -> bool:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds its values itself; a tracer's stand-in counts within `traced`."""
-    return _tracing or type(tensor) in PLAIN
+    return _traced is not None or type(tensor) in PLAIN
 
 
 @contextmanager
-def traced() -> Iterator[None]:
-    """Within this, tensors without memory take the kernels' paths, for what those allocate; nothing is computed."""
-    global _tracing
-    outer, _tracing = _tracing, True
+def traced() -> Iterator[dict[str, int]]:
+    """Within this, tensors without memory take the kernels' paths, for what those allocate; nothing is computed.
+
+    The value tells which kernel would keep how many bytes from call to call.
+    """
+    global _traced
+    outer, _traced = _traced, {}
     try:
-        yield
+        yield _traced
     finally:
-        _tracing = outer
+        _traced = outer
+
+
+def keeps(kernel: str, *sizes: int) -> None:
+    """Within `traced`, note what a call of these sizes keeps, as the kernel's `<name>_scratch` has it."""
+    if _traced is not None and (scratch := getattr(_load()[0], f"{kernel}_scratch", None)) is not None:
+        scratch.restype = ctypes.c_int64
+        _traced[kernel] = max(_traced.get(kernel, 0), scratch(*map(ctypes.c_int64, sizes)))
 
 
 def computes_products() -> bool:
@@ -90,7 +101,7 @@ def call(name: str, *arguments: Argument) -> None:
 
     The caller answers for shapes, strides and dtypes, and keeps the tensors until this returns.
     """
-    if _tracing:
+    if _traced is not None:
         return
     getattr(_load()[0], name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 

@@ -8,7 +8,7 @@ round the result once, which is what units for bf16 do. Other dtypes, devices an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -49,6 +49,19 @@ def multiply_in_fp32() -> bool:
 
 _library = torch.library.Library("aten", "IMPL")
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def widened_bytes(name: str, arguments: Sequence[Any], result: Any) -> int:
+    """fp32 copies that the operation called `name`, as in `aten::mm`, makes of its arguments and its result here."""
+    name = name.removeprefix("aten::")
+    sizes = [tensor.numel() for tensor in filter(_is_bf16, arguments)]
+    if name not in OPERATIONS or not sizes:
+        return 0
+    if name.removesuffix("_") in _WIDE:
+        left, right = sizes[-2:]
+        sizes = [left, min(right, WIDENED)]
+    results = result if isinstance(result, tuple) else (result,)
+    return 4 * sum((*sizes, *(tensor.numel() for tensor in results)))
 
 
 def _in_fp32(name: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.errors import FinetuneError, ModelError, first_line
-from finetune.kernels import native
+from finetune.kernels import native, products
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import RowLayout, dense_mask
@@ -55,13 +55,15 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes beside the weights. The peaks contain what is kept."""
+    """Bytes beside the weights. The peaks contain what is kept, and no scratch."""
 
     kept: float  # from the forward pass for the backward pass
     forward_peak: float
     loss_peak: float
     backward_peak: float
     pooled_peak: float  # of tensors below MAPPED_BYTES alone, at their own worst
+    copies: float = 0.0  # of the operation that makes the most: fp32 ones for a CPU without units for bf16
+    scratch: float = 0.0  # what native kernels keep from call to call
 
     @property
     def peak(self) -> float:
@@ -82,19 +84,25 @@ def between(kept: Footprint, recomputed: Footprint, share: float) -> Footprint:
         name: max(base + getattr(kept, name) - kept.kept, getattr(recomputed, name))
         for name in ("forward_peak", "loss_peak", "backward_peak")
     }
-    return Footprint(kept=base, pooled_peak=mixed("pooled_peak"), **peaks)
+    others = {name: mixed(name) for name in ("pooled_peak", "copies", "scratch")}
+    return Footprint(kept=base, **peaks, **others)
 
 
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that were made within it and are still alive."""
 
-    def __init__(self, existing: Iterator[torch.Tensor]) -> None:
+    def __init__(self, existing: Iterator[torch.Tensor], on_cpu: bool) -> None:
         super().__init__()
+        self._widens = on_cpu and not products.has_bf16_units()
         self._known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in existing})
-        self.live = self.peak = self.pooled = self.pooled_peak = 0
+        self.live = self.peak = self.pooled = self.pooled_peak = self.copies = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self._widens and (copies := products.widened_bytes(func._schema.name, args, out)):
+            self.copies = max(self.copies, copies)
+            self.peak = max(self.peak, self.live + copies)
+            self.pooled_peak = max(self.pooled_peak, self.pooled + copies)
         tree_map_only(torch.Tensor, self._count, out)
         return out
 
@@ -177,23 +185,24 @@ def _measure_short(
     if precision in AUTOCAST:
         autocast = torch.autocast("cpu", dtype=AUTOCAST[precision])
     # After `fuse`, which computes to tell norms apart.
-    kernels = native.traced() if on_cpu else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection(), kernels:
+    kernels: AbstractContextManager[dict[str, int]] = native.traced() if on_cpu else nullcontext({})
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection(), kernels as scratch:
         adapted.to_empty(device="cpu")
         if model.quantization != "none":
             _expand_when_used(base, model.quantization, compute=AUTOCAST.get(precision, base.dtype))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        return _run(base, step, autocast)
+        found = _run(base, step, autocast, on_cpu)
+        return replace(found, scratch=float(sum(scratch.values())))
 
 
-def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any]) -> Footprint:
+def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any], on_cpu: bool) -> Footprint:
     shape = (step.rows, step.tokens)
     input_ids, position_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     positions = torch.zeros(step.supervised, dtype=torch.int64)
     grads = [p.grad for p in base.parameters() if p.grad is not None]
-    live = _LiveBytes(iter([*base.parameters(), *base.buffers(), *grads]))
+    live = _LiveBytes(iter([*base.parameters(), *base.buffers(), *grads]), on_cpu)
     mask = None
     with live, autocast, packed_row(step.layout):
         if step.layout is not None and base.config._attn_implementation != SEGMENTS:
@@ -206,7 +215,7 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any]) ->
         loss_peak = live.take_peak()
         del hidden
         loss.backward()
-    return Footprint(kept, forward_peak, loss_peak, live.take_peak(), live.pooled_peak)
+    return Footprint(kept, forward_peak, loss_peak, live.take_peak(), live.pooled_peak, live.copies)
 
 
 @contextmanager

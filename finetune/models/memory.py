@@ -21,7 +21,7 @@ LIBRARIES_BYTES = 660e6
 CUDA_CONTEXT_BYTES = 500e6
 # What the allocator holds beyond the tensors that are alive, as a share of what a step allocates; on a CPU, of tensors
 # that glibc does not map by themselves. See docs/memory.md. On CUDA the caching allocator rounds and fragments less.
-# The native kernels make few temporaries.
+# The native kernels make few temporaries, if no product beside theirs makes copies.
 ALLOCATOR_SHARE = {"cpu": 0.2, "cpu, native kernels": 0.06, "cuda": 0.05}
 # Under FSDP: the layer that computes, and the next one, which is gathered meanwhile.
 GATHERED_LAYERS = 2
@@ -143,7 +143,7 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
     offloaded = sharded and spread.cpu_offload and not on_cpu
     shards = spread.world_size if sharded else 1
     allocator = spread.accelerator
-    if on_cpu and recipe.training.precision.startswith("bf16") and native.computes_products():
+    if on_cpu and recipe.training.precision.startswith("bf16") and native.computes_products() and not footprint.copies:
         allocator = "cpu, native kernels"
     parts = {
         "base": 0 if offloaded else weights.base // shards,
@@ -157,7 +157,7 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
         "gradients": trained,
         "optimizer state": optimizer_bytes(weights.trainable, recipe.training.optimizer),
         "activations": 0 if recipe.training.activation_offload and not on_cpu else int(footprint.kept),
-        "temporaries": int(footprint.peak - footprint.kept),
+        "temporaries": int(footprint.peak - footprint.kept + footprint.scratch),
         "allocator": int(ALLOCATOR_SHARE[allocator] * (footprint.pooled_peak if on_cpu else footprint.peak)),
     }
     parts["libraries" if on_cpu else "CUDA context"] = int(LIBRARIES_BYTES if on_cpu else CUDA_CONTEXT_BYTES)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from finetune.kernels import products
-from finetune.kernels.products import FEW_ROWS, OPERATIONS, _in_fp32, has_bf16_units
+from finetune.kernels.products import FEW_ROWS, OPERATIONS, _in_fp32, has_bf16_units, widened_bytes
+from finetune.models.footprint import _LiveBytes
 
 # One rounding to bf16 is on average a third of 2^-8.
 BF16 = 2.5e-3
@@ -49,6 +50,16 @@ def test_a_right_operand_is_widened_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     for right in (weight.t(), weight.t().contiguous()):
         got = _in_fp32("mm")(x, right)
         assert (got.double() - x.double() @ weight.double().t()).norm() <= BF16 * got.double().norm()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "out" not in name])
+def test_copies_are_counted_as_they_are_made(name: str) -> None:
+    arguments, _, _ = CASES[name]
+    compute = _in_fp32(name)
+    with _LiveBytes(iter(arguments), on_cpu=False) as live:
+        result = compute(*arguments)
+    assert live.peak == widened_bytes(f"aten::{name}", arguments, result) > 0
+    assert widened_bytes("aten::add", arguments, result) == 0
 
 
 @pytest.mark.parametrize("name", CASES)

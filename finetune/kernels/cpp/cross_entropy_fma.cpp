@@ -37,8 +37,10 @@ struct Pass {
     float *right = nullptr, *entries = nullptr, *weights = nullptr;
     std::vector<Tokens> tokens = std::vector<Tokens>(panels);
 
+    index_t floats() const { return panels * dim * WIDTH + ENTRIES * (dim + columns); }
+
     void allot(Kept& memory) {
-        right = memory.at_least<float>(panels * dim * WIDTH + ENTRIES * (dim + columns));
+        right = memory.at_least<float>(floats());
         entries = right + panels * dim * WIDTH;  // [ENTRIES / ROWS][D][ROWS]
         weights = entries + ENTRIES * dim;       // [columns / ROWS][ENTRIES][ROWS]
     }
@@ -142,6 +144,11 @@ struct Pass {
 }  // namespace
 
 extern "C" {
+
+// Bytes that stay allocated after a call.
+index_t cross_entropy_scratch(index_t count, index_t dim) {
+    return Pass{nullptr, nullptr, nullptr, count, 0, dim, nullptr}.floats() * 4;
+}
 
 // As in cross_entropy.cpp: losses [N], and grad [N, D]: d(sum of losses) / d(hidden). sums: memory for fp32 [N rounded up
 // to 32, D]. Both may be null.

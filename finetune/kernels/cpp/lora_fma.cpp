@@ -98,6 +98,9 @@ void outer(const float* u, index_t ranks, const bf16* v, index_t width, index_t 
     }
 }
 
+// What the passes work in, of the thread that calls.
+thread_local Kept kept;
+
 index_t padded(index_t ranks) { return (ranks + RANKS - 1) / RANKS * RANKS; }
 
 // da and db of all layers, some columns at a time: within a parallel region, by all threads.
@@ -137,15 +140,17 @@ void adapter_gradients(const Group& group, const bf16* x, const bf16* xa, const 
 
 extern "C" {
 
+// Bytes that stay allocated after a call whose left operand has so many columns, ranks included.
+index_t lora_scratch(index_t tokens, index_t columns) { return pass_tokens(tokens, columns) * columns * 4; }
+
 // Every layer's y; xa [T, R] is kept for the backward pass.
 void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, index_t tokens, index_t dim,
                   int threads) {
     Group group{layers, count, dim};
     index_t ranks = group.ranks(), used = group.used(), width = panels_of(used) * WIDTH;
     const std::vector<Weight> weights = weights_of(group);
-    static thread_local Kept kept;
-    index_t most = std::min(tokens, PASS_TOKENS) + ROWS;
-    float* down = kept.at_least<float>(most * (dim + used) + width * dim);
+    const index_t some = pass_tokens(tokens, dim + used);
+    float* down = kept.at_least<float>(some * (dim + used) + width * dim);
     float* tiles = down + width * dim;
     pack_elements(dim, used, down, [&](index_t d, index_t rank) { return a_row(group, rank)[d]; });
 #pragma omp parallel num_threads(threads)
@@ -171,8 +176,8 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
                 for (index_t j = 0; j < WIDTH; ++j)
                     *out++ = layers[n].scale * layers[n].b[(output + j) * layers[n].rank + r];
         };
-        for (index_t begin = 0; begin < tokens; begin += PASS_TOKENS) {
-            const Left left{tiles, std::min(PASS_TOKENS, tokens - begin), dim + used};
+        for (index_t begin = 0; begin < tokens; begin += some) {
+            const Left left{tiles, std::min(some, tokens - begin), dim + used};
 #pragma omp for schedule(static)
             for (index_t tile = 0; tile < left.count(); ++tile) {
                 index_t token = begin + tile * ROWS;
@@ -215,9 +220,8 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
     }
     const std::vector<Weight> weights = dx ? weights_of(group) : std::vector<Weight>();
     std::vector<bf16> dxa(tokens * ranks);
-    static thread_local Kept kept;
-    index_t most = std::min(tokens, PASS_TOKENS) + ROWS;
-    float* up = kept.at_least<float>(std::max(most * (depth + used), own * tokens) + ups);
+    const index_t some = pass_tokens(tokens, depth + used);
+    float* up = kept.at_least<float>(std::max(some * (depth + used), own * tokens) + ups);
     float *tiles = up + ups, *to = up;
     for (index_t n = 0; n < count; to += panels_of(layers[n].rank) * WIDTH * layers[n].outputs, ++n)
         pack_elements(layers[n].outputs, layers[n].rank, to,
@@ -237,8 +241,8 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
             for (index_t rank = 0; rank < used; ++rank, out += WIDTH)
                 std::copy_n(a_row(group, rank) + panel * WIDTH, WIDTH, out);
         };
-        for (index_t begin = 0; begin < tokens; begin += PASS_TOKENS) {
-            const Left left{tiles, std::min(PASS_TOKENS, tokens - begin), depth + used};
+        for (index_t begin = 0; begin < tokens; begin += some) {
+            const Left left{tiles, std::min(some, tokens - begin), depth + used};
 #pragma omp for schedule(static)
             for (index_t tile = 0; tile < left.count(); ++tile) {
                 index_t token = begin + tile * ROWS, first = 0, rank = 0;

@@ -10,10 +10,18 @@
 #include <algorithm>
 #include <omp.h>
 
-constexpr index_t PASS_TOKENS = 1152;          // whose left operands exist at once
+constexpr index_t PASS_TOKENS = 1152;          // whose left operands exist at once, if their bytes allow
+constexpr index_t PASS_BYTES = 32 << 20;
 constexpr index_t MOST_DEPTH = 640;            // of a part: a tile of 15 KB, a panel of 40
 constexpr index_t STRIP_BYTES = 256 << 10;     // half of a small second cache
 constexpr index_t BLOCK = ROWS * WIDTH;        // sums of a tile and a panel
+
+// Tokens whose left operands, `columns` fp32 each, exist at once: whole tiles. Fewer pack the weights more often: at 240,
+// as 22,000 columns leave, that costs a twentieth.
+static inline index_t pass_tokens(index_t tokens, index_t columns) {
+    index_t most = std::clamp(PASS_BYTES / (columns * 4), 32 * ROWS, PASS_TOKENS) / ROWS;
+    return std::min(most, (tokens + ROWS - 1) / ROWS) * ROWS;
+}
 
 // This thread's share of `count` panels.
 struct Share {
