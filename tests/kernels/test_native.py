@@ -142,7 +142,7 @@ def lora_group(ranks: tuple[int, ...]) -> tuple[torch.Tensor, list[Projection], 
 
 
 @needs_products
-@pytest.mark.parametrize("ranks", [(8,), (0,), (4, 12), (8, 0, 8), (30, 7, 40)], ids=str)
+@pytest.mark.parametrize("ranks", [(8,), (0,), (20,), (4, 12), (8, 0, 8), (30, 7, 40)], ids=str)
 @pytest.mark.parametrize("first_layer", [False, True])
 def test_lora(ranks: tuple[int, ...], first_layer: bool) -> None:
     x, layers, weights = lora_group(ranks)

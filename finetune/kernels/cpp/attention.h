@@ -73,7 +73,7 @@ inline void lower_half(const Row& row, const Pair& pair) {
 
 // The scores of two pairs. So few steps of depth would wait for each other: a half is stored while the next is
 // computed.
-void scores(const Row& row, const Pair& first, const Pair& second) {
+inline void scores(const Row& row, const Pair& first, const Pair& second) {
     finish_writes();
     upper_half(row, first);
     lower_half(row, first);

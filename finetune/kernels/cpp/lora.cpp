@@ -43,7 +43,9 @@ void scaled_b(const Layer& layer, index_t first, index_t output, index_t from, b
             __m512i ranks = _mm512_add_epi32(counting(), _mm512_set1_epi32(static_cast<int>(rank)));
             __mmask16 own = _mm512_cmpge_epi32_mask(ranks, _mm512_setzero_si512()) &
                             _mm512_cmplt_epi32_mask(ranks, _mm512_set1_epi32(static_cast<int>(layer.rank)));
-            half[i] = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(own, layer.b + (output + o) * layer.rank + rank));
+            half[i] = _mm512_setzero_ps();  // a layer without ranks has no b
+            if (own)
+                half[i] = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(own, layer.b + (output + o) * layer.rank + rank));
         }
         store_bf16(out + o * TILE, half[0], half[1]);
     }
