@@ -167,7 +167,7 @@ def stream_answer(
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-    from finetune.inference.cache import growing_cache
+    from finetune.inference.cache import empty_cache
     from finetune.inference.mode import base_of
 
     stop = threading.Event()
@@ -180,7 +180,7 @@ def stream_answer(
     device = causal_lm.get_input_embeddings().weight.device
     prompt, room = _prompt_ids(loaded, messages)
     ids = torch.tensor([prompt], device=device)
-    cache = growing_cache(causal_lm) if device.type == "cpu" else None
+    cache = empty_cache(causal_lm)
     streamer = TextIteratorStreamer(
         loaded.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )

@@ -21,6 +21,11 @@ class GrowingLayer(DynamicLayer):
     keys: torch.Tensor
     values: torch.Tensor
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat what is held for a larger batch."""
+        super().batch_repeat_interleave(repeats)
+        self._key_buffer, self._value_buffer = self.keys, self.values
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,13 +52,14 @@ def _with_room(held: torch.Tensor, new: torch.Tensor, start: int, end: int) -> t
     return buffer
 
 
-def growing_cache(causal_lm: Any) -> DynamicCache | None:
-    """An empty cache for the model; layers with a sliding window or a state keep transformers' own kind.
+def empty_cache(causal_lm: Any) -> DynamicCache | None:
+    """An empty cache for the model: on a CPU its layers grow by blocks, but for those with a window or a state.
 
     None if the model has a cache of its own kind, which transformers then chooses.
     """
     if not causal_lm._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=causal_lm.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if causal_lm.get_input_embeddings().weight.device.type == "cpu":
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

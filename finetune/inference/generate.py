@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from finetune.inference.cache import growing_cache
 from finetune.inference.dense import dense_weights
 from finetune.inference.mode import base_of, decoding, inference_mode
+from finetune.inference.prefix import SharedPrefix
 
 __all__ = ["Completion", "Sampling", "generate", "inference_mode"]
 
@@ -50,8 +50,9 @@ def generate(
     The model is left exactly as it was found. Prompts are batched by length, the longest first, so that a
     batch that does not fit fails at once; `on_batch` gets the number of prompts of every finished batch.
     Greedy completions do not depend on the batch but for rounding; sampled ones follow from the seed, the
-    prompts and the batch size. A sharded model must be called by every rank with the same prompts. On CPU,
-    layers are expanded to dense ones meanwhile where memory allows (see `dense_weights`).
+    prompts and the batch size. What all prompts begin with is computed once (see `SharedPrefix`). A sharded
+    model must be called by every rank with the same prompts. On CPU, layers are expanded to dense ones
+    meanwhile where memory allows (see `dense_weights`).
 
     Raises:
         ValueError: a prompt is empty, or there is no stop token.
@@ -67,9 +68,11 @@ def generate(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), decoding(model), dense_weights(model):
         torch.manual_seed(sampling.seed)
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        prefix = SharedPrefix(base_of(model), prompts, longest)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            rows = _generate_batch(model, [prompts[index] for index in batch], config, device)
+            rows = _generate_batch(model, [prompts[index] for index in batch], prefix, config)
             for index, row in zip(batch, rows, strict=True):
                 completions[index] = _completion(row, set(stop_token_ids), tokenizer)
             if on_batch is not None:
@@ -92,18 +95,19 @@ def _generation_config(sampling: Sampling, stop_token_ids: Sequence[int], pad_id
 
 
 def _generate_batch(
-    model: torch.nn.Module, prompts: list[list[int]], config: GenerationConfig, device: torch.device
+    model: torch.nn.Module, prompts: list[list[int]], prefix: SharedPrefix, config: GenerationConfig
 ) -> list[list[int]]:
     """New token ids of every prompt, padded to the longest completion."""
-    width = max(map(len, prompts))
+    width, shared = max(map(len, prompts)), prefix.length
     ids = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+        start = width - len(prompt) + shared
+        ids[row, :shared], ids[row, start:] = torch.tensor(prompt[:shared]), torch.tensor(prompt[shared:])
+        mask[row, :shared] = mask[row, start:] = 1
     # Not PeftModel.generate: it leaves attributes behind, and an adapter in the layers does not need it.
     causal_lm = base_of(model)
-    cache = growing_cache(causal_lm) if device.type == "cpu" else None
+    cache, device = prefix.cache(len(prompts)), causal_lm.get_input_embeddings().weight.device
     out = causal_lm.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),

@@ -25,8 +25,8 @@ def choose_attention(config: Any, model: ModelSection, data: DataSection) -> str
     """
     name: str = model.attention
     if name == "auto":
-        name = SEGMENTS if _takes_segments(config, data.max_seq_len) else "sdpa"
-    elif name == SEGMENTS and not _takes_segments(config, data.max_seq_len):
+        name = SEGMENTS if takes_segments(config, data.max_seq_len) else "sdpa"
+    elif name == SEGMENTS and not takes_segments(config, data.max_seq_len):
         raise ModelError(f"model.attention: segments does not fit {config.model_type}; use auto or sdpa")
     if data.packing in ("isolated", "shared_prefix"):
         reason = why_not_packed(config, name)
@@ -52,7 +52,7 @@ def why_not_packed(config: Any, attention: str) -> str | None:
 _RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "falcon_mamba", "jamba", "falcon_h1", "bamba")
 
 
-def _takes_segments(config: Any, max_seq_len: int) -> bool:
+def takes_segments(config: Any, max_seq_len: int) -> bool:
     """Whether block attention computes exactly what the model's own attention would."""
     text = config.get_text_config()
     try:

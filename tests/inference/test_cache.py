@@ -4,7 +4,7 @@ import torch
 from transformers import Gemma3TextConfig
 from transformers.cache_utils import DynamicLayer
 
-from finetune.inference.cache import GrowingLayer, growing_cache
+from finetune.inference.cache import GrowingLayer, empty_cache
 from tests.inference.conftest import build_llama
 
 
@@ -30,10 +30,14 @@ def test_only_full_attention_layers_are_replaced() -> None:
         config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
 
         @staticmethod
+        def get_input_embeddings() -> torch.nn.Embedding:
+            return torch.nn.Embedding(1, 1)
+
+        @staticmethod
         def _supports_default_dynamic_cache() -> bool:
             return True
 
-    cache = growing_cache(Model())
+    cache = empty_cache(Model())
     assert cache is not None
     assert [type(layer) is GrowingLayer for layer in cache.layers] == [False, True]
-    assert all(type(layer) is GrowingLayer for layer in growing_cache(build_llama()).layers)  # type: ignore[union-attr]
+    assert all(type(layer) is GrowingLayer for layer in empty_cache(build_llama()).layers)  # type: ignore[union-attr]
