@@ -188,7 +188,7 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
                 round_ranks(sums.data(), width, used, left.rows(tile), xa + token * ranks, ranks, ranks,
                             columns + dim * ROWS);
             }
-            product(left, dim, share(group.outputs() / WIDTH), tail_of, pack, pack_tail,
+            product(left, dim, group.outputs() / WIDTH, tail_of, pack, pack_tail,
                     [&](index_t panel, index_t panels, index_t tile, const float* sums) {
                         for (index_t last = panel + panels; panel < last; ++panel, sums += BLOCK) {
                             auto [n, output] = group.place_of(panel * WIDTH);
@@ -203,7 +203,6 @@ void lora_forward(const Layer* layers, const bf16* x, bf16* xa, index_t count, i
                             }
                         }
                     });
-#pragma omp barrier
         }
     }
 }
@@ -258,7 +257,7 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
                 }
             }
             if (dx)
-                product(left, depth, share(dim / WIDTH), [&](index_t) { return Tail{depth, used}; }, pack, pack_tail,
+                product(left, depth, dim / WIDTH, [&](index_t) { return Tail{depth, used}; }, pack, pack_tail,
                         [&](index_t panel, index_t panels, index_t tile, const float* sums) {
                             bf16* to = dx + (begin + tile * ROWS) * dim + panel * WIDTH;
                             for (index_t i = 0; i < left.rows(tile); ++i, to += dim)
@@ -267,7 +266,6 @@ void lora_backward(const Layer* layers, const bf16* x, const bf16* xa, bf16* dx,
                                     store_bf16(to + n * WIDTH, _mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
                                 }
                         });
-#pragma omp barrier
         }
         adapter_gradients(group, x, xa, dxa.data(), tokens, tiles);
     }
