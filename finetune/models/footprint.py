@@ -61,8 +61,7 @@ class Footprint:
     forward_peak: float
     loss_peak: float
     backward_peak: float
-    pooled_peak: float  # of tensors below MAPPED_BYTES alone, at their own worst
-    copies: float = 0.0  # of the operation that makes the most: fp32 ones for a CPU without units for bf16
+    passing: float  # what the forward pass allocates and gives back, of tensors below MAPPED_BYTES: glibc keeps holes
     scratch: float = 0.0  # what native kernels keep from call to call
 
     @property
@@ -84,8 +83,7 @@ def between(kept: Footprint, recomputed: Footprint, share: float) -> Footprint:
         name: max(base + getattr(kept, name) - kept.kept, getattr(recomputed, name))
         for name in ("forward_peak", "loss_peak", "backward_peak")
     }
-    others = {name: mixed(name) for name in ("pooled_peak", "copies", "scratch")}
-    return Footprint(kept=base, **peaks, **others)
+    return Footprint(kept=base, passing=mixed("passing"), scratch=mixed("scratch"), **peaks)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -95,14 +93,13 @@ class _LiveBytes(TorchDispatchMode):
         super().__init__()
         self._widens = on_cpu and not products.has_bf16_units()
         self._known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in existing})
-        self.live = self.peak = self.pooled = self.pooled_peak = self.copies = 0
+        self.live = self.peak = self.passed = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self._widens and (copies := products.widened_bytes(func._schema.name, args, out)):
-            self.copies = max(self.copies, copies)
             self.peak = max(self.peak, self.live + copies)
-            self.pooled_peak = max(self.pooled_peak, self.pooled + copies)
+            self.passed += copies
         tree_map_only(torch.Tensor, self._count, out)
         return out
 
@@ -119,13 +116,12 @@ class _LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self._add(size)
         self.peak = max(self.peak, self.live)
-        self.pooled_peak = max(self.pooled_peak, self.pooled)
         weakref.finalize(storage, self._add, -size).atexit = False
 
     def _add(self, size: int) -> None:
         self.live += size
-        if abs(size) < MAPPED_BYTES:
-            self.pooled += size
+        if -MAPPED_BYTES < size < 0:
+            self.passed -= size
 
 
 def measure_pass(
@@ -210,12 +206,12 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any], on
         hidden = decoder_of(base)(
             input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        kept, forward_peak = live.live, live.take_peak()
+        kept, passing, forward_peak = live.live, live.passed, live.take_peak()
         loss = supervised_loss(base, hidden, positions, targets=positions)
         loss_peak = live.take_peak()
         del hidden
         loss.backward()
-    return Footprint(kept, forward_peak, loss_peak, live.take_peak(), live.pooled_peak, live.copies)
+    return Footprint(kept, forward_peak, loss_peak, live.take_peak(), passing)
 
 
 @contextmanager

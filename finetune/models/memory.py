@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from finetune.kernels import native
 from finetune.kernels.cross_entropy import chunk_tokens
 from finetune.kernels.layout import Group
 from finetune.models.attention import choose_attention, why_not_packed
@@ -16,13 +15,13 @@ from finetune.models.weights import WeightBytes, count_weights, optimizer_bytes
 from finetune.recipe.schema import Recipe
 
 # A process that has imported what training imports, and has run one step on nothing; torch 2.13 on Linux.
-LIBRARIES_BYTES = 660e6
+LIBRARIES_BYTES = 580e6
 # What the driver and torch's libraries take of a GPU before the first tensor. Not counted by torch's own peak.
 CUDA_CONTEXT_BYTES = 500e6
-# What the allocator holds beyond the tensors that are alive, as a share of what a step allocates; on a CPU, of tensors
-# that glibc does not map by themselves. See docs/memory.md. On CUDA the caching allocator rounds and fragments less.
-# The native kernels make few temporaries, if no product beside theirs makes copies.
-ALLOCATOR_SHARE = {"cpu": 0.2, "cpu, native kernels": 0.06, "cuda": 0.05}
+# What the allocator holds beyond the tensors that are alive: on CUDA a share of a step's peak; on a CPU one of what a
+# forward pass allocates and gives back, below the size that glibc maps by itself. torch asks for memory that begins a
+# line of 64 bytes; glibc 2.36 takes no hole of just the size for that, and keeps it.
+ALLOCATOR_SHARE = {"cpu": 0.2, "cuda": 0.05}
 # Under FSDP: the layer that computes, and the next one, which is gathered meanwhile.
 GATHERED_LAYERS = 2
 
@@ -142,9 +141,6 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
     sharded = spread.strategy == "fsdp"
     offloaded = sharded and spread.cpu_offload and not on_cpu
     shards = spread.world_size if sharded else 1
-    allocator = spread.accelerator
-    if on_cpu and recipe.training.precision.startswith("bf16") and native.computes_products() and not footprint.copies:
-        allocator = "cpu, native kernels"
     parts = {
         "base": 0 if offloaded else weights.base // shards,
         "quantization constants": weights.constants,
@@ -158,7 +154,7 @@ def parts_of(weights: WeightBytes, footprint: Footprint, recipe: Recipe, spread:
         "optimizer state": optimizer_bytes(weights.trainable, recipe.training.optimizer),
         "activations": 0 if recipe.training.activation_offload and not on_cpu else int(footprint.kept),
         "temporaries": int(footprint.peak - footprint.kept + footprint.scratch),
-        "allocator": int(ALLOCATOR_SHARE[allocator] * (footprint.pooled_peak if on_cpu else footprint.peak)),
+        "allocator": int(ALLOCATOR_SHARE[spread.accelerator] * (footprint.passing if on_cpu else footprint.peak)),
     }
     parts["libraries" if on_cpu else "CUDA context"] = int(LIBRARIES_BYTES if on_cpu else CUDA_CONTEXT_BYTES)
     return parts
