@@ -99,7 +99,8 @@ class _LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self._widens and (copies := products.widened_bytes(func._schema.name, args, out)):
             self.peak = max(self.peak, self.live + copies)
-            self.passed += copies
+            # Where torch computes every product, each takes the last one's room.
+            self.passed += copies if native.computes_products() else 0
         tree_map_only(torch.Tensor, self._count, out)
         return out
 
