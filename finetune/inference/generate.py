@@ -64,15 +64,17 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     config = _generation_config(sampling, stop_token_ids, tokenizer.pad_token_id)
     completions: dict[int, Completion] = {}
-    device = base_of(model).get_input_embeddings().weight.device
+    # Not PeftModel.generate: it leaves attributes behind, and an adapter in the layers does not need it.
+    causal_lm = base_of(model)
+    device = causal_lm.get_input_embeddings().weight.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), decoding(model), dense_weights(model):
         torch.manual_seed(sampling.seed)
         longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        prefix = SharedPrefix(base_of(model), prompts, longest)
+        prefix = SharedPrefix(causal_lm, prompts, longest)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            rows = _generate_batch(model, [prompts[index] for index in batch], prefix, config)
+            rows = _generate_batch(causal_lm, [prompts[index] for index in batch], prefix, config, device)
             for index, row in zip(batch, rows, strict=True):
                 completions[index] = _completion(row, set(stop_token_ids), tokenizer)
             if on_batch is not None:
@@ -95,7 +97,7 @@ def _generation_config(sampling: Sampling, stop_token_ids: Sequence[int], pad_id
 
 
 def _generate_batch(
-    model: torch.nn.Module, prompts: list[list[int]], prefix: SharedPrefix, config: GenerationConfig
+    causal_lm: Any, prompts: list[list[int]], prefix: SharedPrefix, config: GenerationConfig, device: torch.device
 ) -> list[list[int]]:
     """New token ids of every prompt, padded to the longest completion."""
     width, shared = max(map(len, prompts)), prefix.length
@@ -105,9 +107,7 @@ def _generate_batch(
         start = width - len(prompt) + shared
         ids[row, :shared], ids[row, start:] = torch.tensor(prompt[:shared]), torch.tensor(prompt[shared:])
         mask[row, :shared] = mask[row, start:] = 1
-    # Not PeftModel.generate: it leaves attributes behind, and an adapter in the layers does not need it.
-    causal_lm = base_of(model)
-    cache, device = prefix.cache(len(prompts)), causal_lm.get_input_embeddings().weight.device
+    cache = prefix.cache(len(prompts))
     out = causal_lm.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),

@@ -25,27 +25,25 @@ class SharedPrefix:
     """
 
     def __init__(self, causal_lm: Any, prompts: Sequence[list[int]], max_length: int) -> None:
-        self._causal_lm = causal_lm
-        self._filled: DynamicCache | None = None
-        self.length = 0
+        self._cache = empty_cache(causal_lm)
         length = _common_length(prompts)
-        if length >= MIN_SHARED and takes_segments(causal_lm.config, max_length):
-            cache = empty_cache(causal_lm)
-            if cache is not None and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers):
-                self._fill(cache, prompts[0][:length])
+        if self._cache is None or length < MIN_SHARED or not takes_segments(causal_lm.config, max_length):
+            return
+        if all(type(layer) in (DynamicLayer, GrowingLayer) for layer in self._cache.layers):
+            ids = torch.tensor([prompts[0][:length]], device=causal_lm.get_input_embeddings().weight.device)
+            last = {"logits_to_keep": 1} if causal_lm._supports_logits_to_keep() else {}
+            causal_lm(input_ids=ids, past_key_values=self._cache, use_cache=True, **last)
 
-    def _fill(self, cache: DynamicCache, prefix: list[int]) -> None:
-        ids = torch.tensor([prefix], device=self._causal_lm.get_input_embeddings().weight.device)
-        last = {"logits_to_keep": 1} if self._causal_lm._supports_logits_to_keep() else {}
-        self._causal_lm(input_ids=ids, past_key_values=cache, use_cache=True, **last)
-        self._filled, self.length = cache, len(prefix)
+    @property
+    def length(self) -> int:
+        """How many tokens it has."""
+        return 0 if self._cache is None else self._cache.get_seq_length()
 
     def cache(self, batch_size: int) -> DynamicCache | None:
         """A new cache for a batch that begins with it; None if the model has a cache of a kind of its own."""
-        if self._filled is None:
-            return empty_cache(self._causal_lm)
-        cache = copy.deepcopy(self._filled)
-        cache.batch_repeat_interleave(batch_size)
+        cache = copy.deepcopy(self._cache)
+        if cache is not None and self.length:
+            cache.batch_repeat_interleave(batch_size)
         return cache
 
 

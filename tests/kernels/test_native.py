@@ -350,7 +350,7 @@ def test_a_tensor_without_memory_stays_with_torch() -> None:
 
 
 @needs_products
-def test_what_the_kernels_keep_is_noted_and_bounded() -> None:
+def test_what_stays_allocated_is_noted_and_bounded() -> None:
     with FakeTensorMode(), native.traced() as kept:
         for tokens, dim in ((4096, 8192), (64, 128), (64, 64)):
             x = torch.empty(tokens, dim, dtype=torch.bfloat16, requires_grad=True)

@@ -140,7 +140,7 @@ void adapter_gradients(const Group& group, const bf16* x, const bf16* xa, const 
 
 extern "C" {
 
-// Bytes that stay allocated after a call whose left operand has so many columns, ranks included.
+// Bytes that stay allocated after a call whose left operand has so many columns, ranks included; adapters' are few.
 index_t lora_scratch(index_t tokens, index_t columns) { return pass_tokens(tokens, columns) * columns * 4; }
 
 // Every layer's y; xa [T, R] is kept for the backward pass.
