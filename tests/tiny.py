@@ -36,6 +36,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: _config("MistralConfig", **SWIGLU, sliding_window=None),
     "qwen3": lambda: _config("Qwen3Config", **SWIGLU),
     "gemma3": lambda: _config("Gemma3TextConfig", **SWIGLU, sliding_window=64, query_pre_attn_scalar=8),
+    # Scores are capped, which neither blocks nor torch's sdpa compute.
+    "gemma2": lambda: _config("Gemma2Config", **SWIGLU, sliding_window=64, query_pre_attn_scalar=8),
     "falcon": lambda: _config("FalconConfig", **SIZES, multi_query=True, parallel_attn=True, alibi=False, bias=False),
     "gpt_neox": lambda: _config("GPTNeoXConfig", **SIZES, intermediate_size=64),
 }

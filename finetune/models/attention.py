@@ -25,9 +25,11 @@ def choose_attention(config: Any, model: ModelSection, data: DataSection) -> str
     """
     name: str = model.attention
     if name == "auto":
-        name = SEGMENTS if takes_segments(config, data.max_seq_len) else "sdpa"
+        name = SEGMENTS if takes_segments(config, data.max_seq_len) else loadable_attention(config, "sdpa")
     elif name == SEGMENTS and not takes_segments(config, data.max_seq_len):
-        raise ModelError(f"model.attention: segments does not fit {config.model_type}; use auto or sdpa")
+        raise ModelError(f"model.attention: segments does not fit {config.model_type}; use auto")
+    elif loadable_attention(config, name) != name:
+        raise ModelError(f"model.attention: {name} cannot compute {config.model_type}'s attention; use auto or eager")
     if data.packing in ("isolated", "shared_prefix"):
         reason = why_not_packed(config, name)
         if reason is not None:
@@ -45,7 +47,7 @@ def why_not_packed(config: Any, attention: str) -> str | None:
     ):
         return f"{text.model_type} has recurrent layers, whose state would run on into the next sample"
     if attention not in ISOLATING:
-        return f"model.attention: {attention} cannot isolate samples"
+        return f"model.attention: {attention} cannot isolate samples here (auto, segments, sdpa and eager can)"
     return None
 
 
@@ -55,13 +57,7 @@ _RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "falcon_mamba", "jam
 def takes_segments(config: Any, max_seq_len: int) -> bool:
     """Whether block attention computes exactly what the model's own attention would."""
     text = config.get_text_config()
-    try:
-        model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        return False
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    if not getattr(model_class, "_supports_attention_backend", False):
+    if not getattr(_model_class(config), "_supports_attention_backend", False):
         return False
     if getattr(text, "attn_logit_softcapping", None) is not None or text.to_dict().get("attention_dropout"):
         return False
@@ -69,6 +65,23 @@ def takes_segments(config: Any, max_seq_len: int) -> bool:
         return False
     window = sliding_window(text)
     return window is None or max_seq_len <= window
+
+
+def loadable_attention(config: Any, name: str) -> str:
+    """`name`, or eager in place of an sdpa that cannot compute the model's (Gemma 2 caps scores, gpt-oss has sinks)."""
+    # Some releases of transformers 5 let Gemma 2 run sdpa, which leaves the cap out without a word.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    supported = getattr(_model_class(config), "_supports_sdpa", True) and not capped
+    return "eager" if name == "sdpa" and not supported else name
+
+
+def _model_class(config: Any) -> type | None:
+    """The class that transformers loads for `config`; None for one that the model's own repository carries."""
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, tuple) else found
 
 
 def sliding_window(text_config: Any) -> int | None:
@@ -85,14 +98,28 @@ def sliding_window(text_config: Any) -> int | None:
 def dense_masks(
     config: Any, layout: RowLayout, num_tokens: int, device: torch.device
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The `attention_mask` of a model without block attention: [1, 1, T, T], by layer type where it has several."""
+    """The `attention_mask` of a model without block attention: [1, 1, T, T], by layer type where it has several.
+
+    Boolean for sdpa. Eager attention adds its mask to the scores, where True would be 1 and hide nothing: there it is
+    fp32, 0 for what a query may see.
+    """
     text = config.get_text_config()
     full = dense_mask(layout, num_tokens, device)
+    form = _added if config._attn_implementation == "eager" else _unchanged
     window = sliding_window(text)
     if window is None:
-        return full
+        return form(full)
     positions = layout_positions(layout, num_tokens).to(device)[0]
     local = full & ((positions[:, None] - positions[None, :]) < window)
     if getattr(text, "layer_types", None) is None:
-        return local
-    return {"full_attention": full, "sliding_attention": local}
+        return form(local)
+    return {"full_attention": form(full), "sliding_attention": form(local)}
+
+
+def _unchanged(mask: torch.Tensor) -> torch.Tensor:
+    return mask
+
+
+def _added(mask: torch.Tensor) -> torch.Tensor:
+    # The lowest value of bf16 is finite in fp32 too: no row becomes NaN if a model casts its mask.
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)

@@ -14,6 +14,7 @@ from finetune.console import say
 from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
 from finetune.kernels.products import multiply_in_fp32
+from finetune.models.attention import loadable_attention
 from finetune.models.progress import library_bars
 from finetune.models.sources import ModelSource, unreachable
 from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
@@ -127,6 +128,7 @@ def load_base(
         multiply_in_fp32()
     if announce:
         say(f"loading {source.name} ({stored_as(model, precision)})")
+    attention_name = loadable_attention(load_config(model, source), attention_name)
     try:
         with library_bars():
             base = AutoModelForCausalLM.from_pretrained(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
 from finetune.models.adapters import attach_adapter
+from finetune.models.attention import loadable_attention
 from finetune.models.load import base_dtype, use_plain_linears
 from finetune.recipe.schema import LoraSection, ModelSection
 
@@ -42,7 +43,7 @@ def build_skeleton(
             base = AutoModelForCausalLM.from_config(
                 config,
                 dtype=base_dtype(model, precision),
-                attn_implementation=attention_name,
+                attn_implementation=loadable_attention(config, attention_name),
                 trust_remote_code=model.trust_remote_code,
             )
     except Exception as error:

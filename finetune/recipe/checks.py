@@ -91,15 +91,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "model.attention",
-        lambda r: _is_packed(r) and r.model.attention == "eager",
-        "eager cannot keep packed samples apart (data.packing is {recipe.data.packing}); "
-        "use auto, segments, sdpa or flex_attention, or packing none",
-    ),
-    Check(
-        "model.attention",
-        lambda r: r.data.packing == "shared_prefix" and r.model.attention == "flash_attention_2",
-        "flash_attention_2 cannot share a prefix between packed samples (data.packing is shared_prefix); "
-        "use auto, segments, sdpa or flex_attention, or packing isolated",
+        lambda r: _is_packed(r) and r.model.attention in ("flash_attention_2", "flex_attention"),
+        "{value} cannot keep packed samples apart here (data.packing is {recipe.data.packing}); use auto, which runs "
+        "torch's variable-length flash kernel on a GPU, or packing none",
     ),
     Check(
         "model.attention",

@@ -89,8 +89,7 @@ class Checkup:
     @cached_property
     def packing(self) -> Packing:
         """How rows are filled."""
-        can_isolate = why_not_packed(self.config, self.attention) is None
-        return choose_packing(self.recipe, self.data.train, can_isolate=can_isolate)
+        return choose_packing(self.recipe, self.data.train, why_not=why_not_packed(self.config, self.attention))
 
     @cached_property
     def resolved(self) -> tuple[Placement, Devices, str]:

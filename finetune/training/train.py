@@ -105,7 +105,7 @@ def prepare_job(recipe: Recipe) -> Job:
     # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.
     placement = first if recipe.training.auto_micro_batch else place(recipe, config)
     plan = build_plan(len(data.train), recipe.training)
-    packing = choose_packing(recipe, data.train, can_isolate=why_not_packed(config, attention) is None)
+    packing = choose_packing(recipe, data.train, why_not=why_not_packed(config, attention))
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
 
 
@@ -256,12 +256,14 @@ def build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> Da
     )
 
 
-def choose_packing(recipe: Recipe, train: TokenDataset, *, can_isolate: bool) -> Packing:
-    """How the training samples are packed; says what `auto` has chosen."""
+def choose_packing(recipe: Recipe, train: TokenDataset, *, why_not: str | None) -> Packing:
+    """How the training samples are packed, or not for the reason `why_not`; says what `auto` has chosen."""
     data, training = recipe.data, recipe.training
     mode = data.packing
     if mode == "auto":
-        mode = "shared_prefix" if can_isolate else "none"
+        mode = "shared_prefix" if why_not is None else "none"
+        if why_not is not None:
+            say(f"packing: none ({why_not})")
     prefixes = find_prefixes(train) if mode == "shared_prefix" else no_prefixes(len(train))
     if data.packing == "auto" and mode == "shared_prefix":
         shared = sum(prefixes.of(sample) for sample in range(len(train)))

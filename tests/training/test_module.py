@@ -62,6 +62,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "packed": {"data": {"packing": "isolated", "max_tokens": 200}},
     "shared prefix": {"data": {"packing": "shared_prefix", "max_tokens": 200}},
     "dense mask": {"data": {"packing": "isolated", "max_tokens": 200}, "model": {"attention": "sdpa"}},
+    "eager": {"data": {"packing": "shared_prefix", "max_tokens": 200}, "model": {"attention": "eager"}},
     "checkpointed": {"training": {"gradient_checkpointing": True}, "data": {"packing": "isolated", "max_tokens": 200}},
     "first layer checkpointed": {"training": {"gradient_checkpointing": 1}, "data": {"packing": "none"}},
 }
@@ -72,6 +73,16 @@ def test_fm01_any_split_gives_the_reference_gradient(
     architecture: str, run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path
 ) -> None:
     check_splits(architecture, SPLITS, run_tiny, model_dir(architecture), rows)
+
+
+def test_fm11_capped_scores_are_right_in_packed_rows_and_refused_with_sdpa(
+    run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path, capsys: Any
+) -> None:
+    """Gemma 2's kind runs eager attention, which adds its mask: True would hide nothing."""
+    splits = {name: SPLITS[name] for name in ("3 x 3", "shared prefix")}
+    check_splits("gemma2", splits, run_tiny, model_dir("gemma2"), rows)
+    run_tiny("gemma2", expect=2, model={"name": str(model_dir("gemma2")), "attention": "sdpa"})
+    assert "sdpa cannot compute gemma2's attention; use auto or eager" in " ".join(capsys.readouterr().err.split())
 
 
 def test_fm11_alibi_is_right_in_padded_batches_and_refused_in_packed_rows(
