@@ -34,7 +34,7 @@ def explain(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
             refused.append(Problem(at, _explain_value(at, _value_at(data, at))))
     meant = {key for path in unknown for key in meant_keys(path)[0]}
     return [
-        *(Problem(path, _explain_unknown(path)) for path in unknown),
+        *(Problem(path, _explain_unknown(path, _value_at(data, path))) for path in unknown),
         *(Problem(path, _explain_missing(path)) for path in missing if ".".join(path) not in meant),
         *_deepest(refused),
     ]
@@ -50,8 +50,8 @@ def _deepest(problems: Iterable[Problem]) -> list[Problem]:
     ]
 
 
-def _explain_unknown(path: KeyPath) -> str:
-    keys, hint = meant_keys(path)
+def _explain_unknown(path: KeyPath, value: Any) -> str:
+    keys, hint = meant_keys(path, value)
     if keys:
         return f"unknown key; did you mean {' or '.join(keys)}?" + (f" ({hint})" if hint else "")
     place = place_at(path[:-1])

@@ -8,6 +8,8 @@ from difflib import SequenceMatcher
 from finetune.recipe.keys import all_keys, place_at
 from finetune.recipe.lines import KeyPath
 
+_AUTO_ATTENTION = "auto: on a GPU packed rows run torch's variable-length flash kernel"
+
 # What other frameworks call it -> (our key, what to write there or know about it).
 SYNONYMS: dict[str, tuple[str, str]] = {
     "base_model": ("model.name", ""),
@@ -21,7 +23,9 @@ SYNONYMS: dict[str, tuple[str, str]] = {
     "bnb_4bit_compute_dtype": ("model.compute_dtype", ""),
     "bnb_4bit_use_double_quant": ("model.double_quant", ""),
     "attn_implementation": ("model.attention", ""),
-    "flash_attention": ("model.attention", "flash_attention_2"),
+    "flash_attention": ("model.attention", _AUTO_ATTENTION),
+    "flash_attn": ("model.attention", _AUTO_ATTENTION),
+    "sdp_attention": ("model.attention", "sdpa"),
     "torch_dtype": ("model.dtype", ""),
     "r": ("adapter.rank", ""),
     "lora_r": ("adapter.rank", ""),
@@ -93,6 +97,22 @@ SYNONYMS: dict[str, tuple[str, str]] = {
     "push_to_hub": ("hub.push", ""),
 }
 
+# What to write for their `false`, where `true` means something else than `true`.
+SWITCHED_OFF = {
+    "load_in_4bit": "none",
+    "load_in_8bit": "none",
+    "train_on_inputs": "all_assistant",
+    "train_on_input": "all_assistant",
+    "assistant_only_loss": "everything",
+    "sample_packing": "none",
+    "flash_attention": "auto",
+    "flash_attn": "auto",
+    "sdp_attention": "auto",
+    "bf16": "32-true",
+    "fp16": "bf16-mixed",
+    "lora_target_linear": "a list of names",
+}
+
 _CLOSE = 0.62  # `lr` for `l` scores 0.67, unrelated words of a section stay below 0.6
 _CLOSE_ELSEWHERE = 0.8
 
@@ -113,8 +133,8 @@ def nearest(given: str, known: Iterable[str], close: float = _CLOSE) -> str | No
     return best if best is not None and similarity(given, best) >= close else None
 
 
-def meant_keys(path: KeyPath) -> tuple[list[str], str]:
-    """The dotted keys that the unknown key at `path` may have meant, best first, and what to write there."""
+def meant_keys(path: KeyPath, value: object = None) -> tuple[list[str], str]:
+    """The dotted keys that the unknown key at `path` may have meant, best first, and what to write for `value`."""
     *above, given = path
     section = ".".join(above)
     place = place_at(tuple(above))
@@ -122,9 +142,10 @@ def meant_keys(path: KeyPath) -> tuple[list[str], str]:
     near = nearest(given, siblings.values(), 0.85)
     if near:
         return [full for full, key in siblings.items() if key == near], ""
-    synonym = SYNONYMS.get(given.lower().replace("-", "_"))
-    if synonym:
-        return [synonym[0]], synonym[1]
+    name = given.lower().replace("-", "_")
+    if name in SYNONYMS:
+        key, hint = SYNONYMS[name]
+        return [key], SWITCHED_OFF.get(name, hint) if value is False else hint
     elsewhere = [key for key in all_keys() if key.rsplit(".", 1)[-1] == given]
     if elsewhere:
         return elsewhere[:3], ""

@@ -15,7 +15,7 @@ from finetune.recipe.lines import YamlError, parse_yaml
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_recipes
-from finetune.recipe.suggest import SYNONYMS
+from finetune.recipe.suggest import SWITCHED_OFF, SYNONYMS
 from tests.recipe.examples import FULL, MINIMAL, errors_of, keys_of, write
 
 SHIPPED = shipped_recipes()
@@ -318,6 +318,28 @@ def test_unknown_keys_name_what_was_meant(tmp_path: Path, section: str, key: str
     text = text if text != MINIMAL else f"{MINIMAL}{section}:\n  {key}: 1\n"
     said = "\n".join(errors_of(write(tmp_path, text)))
     assert f"{section}.{key}: unknown key; did you mean {meant}" in said
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "meant"),
+    [
+        ("data", "train_on_inputs: false", "data.train_on? (all_assistant)"),
+        ("data", "train_on_inputs: true", "data.train_on? (everything)"),
+        ("data", "sample_packing: false", "data.packing? (none)"),
+        ("model", "load_in_8bit: false", "model.quantization? (none)"),
+        ("model", "flash_attention: true", "model.attention? (auto: "),
+    ],
+)
+def test_a_switch_of_another_framework_is_read_with_its_value(
+    tmp_path: Path, section: str, line: str, meant: str
+) -> None:
+    text = MINIMAL.replace(f"{section}:\n", f"{section}:\n  {line}\n")
+    said = "\n".join(errors_of(write(tmp_path, text)))
+    assert f"unknown key; did you mean {meant}" in said
+
+
+def test_every_switch_is_a_synonym() -> None:
+    assert set(SWITCHED_OFF) <= set(SYNONYMS)
 
 
 def test_unknown_key_with_nothing_near_lists_the_keys(tmp_path: Path) -> None:
