@@ -103,7 +103,7 @@ _BUG = (
 
 
 # What a user mends by space or permission; any other failure of the system is looked at as a bug.
-_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_NO_SPACE_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -190,10 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except OSError as error:
-        if error.errno not in _FULL_OR_READ_ONLY:
+        if error.errno not in _NO_SPACE_OR_RIGHT:
             return _report_bug()
         what = f"{error.filename or 'a file'}: {error.strerror}"
-        _report(f"error: cannot write {what}; mend that, then run the same command again")
+        _report(f"error: cannot read or write {what}; mend that, then run the same command again")
         return EXIT_FAILURE
     except Exception:
         return _report_bug()

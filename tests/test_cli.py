@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -182,6 +184,16 @@ def test_exit_codes(
     monkeypatch.setattr(cli, "_run", _raiser(raised))
     assert cli.main(["schema"]) == code
     assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_place_that_cannot_be_written_is_no_bug(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_run", _raiser(OSError(number, os.strerror(number), "runs/mine/report.html")))
+    assert cli.main(["schema"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot read or write runs/mine/report.html: {os.strerror(number)}; mend that")
 
 
 def test_anything_else_is_a_bug_with_a_traceback(

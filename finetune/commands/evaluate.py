@@ -75,11 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
         "lm_eval_tasks": tasks,
         "merged": None if merged is None else str(merged),
     }
+    # Printed first: they took long, and a colleague's run may be read-only.
+    _print(results)
     if place.run is not None:
         _append(place.run, record)
     else:
         say("these figures are not kept: only a run's directory holds results.json")
-    _print(results)
     return EXIT_OK
 
 
@@ -154,6 +155,11 @@ class _Task:
                     loaded.model, loaded.tokenizer, loaded.template, rows, section, on_batch=bar.advance
                 )
             metrics.update(result.metrics)
+            if result.num_cut:
+                say(
+                    f"{name}: {result.num_cut:,} of {result.num_rows:,} completions were cut at "
+                    f"evaluation.max_new_tokens: {section.max_new_tokens}"
+                )
         if tokens is not None:
             metrics["perplexity"] = perplexity(loaded.model, tokens, self.max_rows, name)
         return metrics
@@ -226,7 +232,10 @@ def _append(run: RunDir, record: dict[str, Any]) -> None:
     path = run.results
     results = json.loads(path.read_text()) if path.is_file() else {}
     results.setdefault("evaluations", []).append(record)
-    write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    try:
+        write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        warn(f"these figures are not kept: cannot write {path}: {error.strerror}")
 
 
 def _print(results: dict[str, Metrics]) -> None:

@@ -238,6 +238,11 @@ class _Measure:
                     on_batch=bar.advance,
                 )
             metrics.update(result.metrics)
+            if result.num_cut:
+                say(
+                    f"{result.num_cut:,} of {result.num_rows:,} completions of {what} were cut at "
+                    f"evaluation.max_new_tokens: {section.max_new_tokens}"
+                )
         if self._tokens is not None and "perplexity" in section.metrics:
             placement = self._job.placement
             steps = self._job.steps_of(self._tokens, rank=module.global_rank, world_size=placement.world_size)
@@ -251,6 +256,8 @@ class _Measure:
 def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskResult | None) -> None:
     results = _read_results(run_dir)
     results[when] = {"metrics": metrics, "samples": [vars(sample) for sample in result.samples] if result else []}
+    if result is not None:
+        results[when] |= {"num_rows": result.num_rows, "num_cut": result.num_cut}
     _write_results(run_dir, results)
 
 

@@ -141,7 +141,16 @@ def _measured_on(run: RunFiles) -> str:
     first = run.key("evaluation.max_rows")
     rows = f"the first {first:,} of {rows}" if isinstance(first, int) else rows
     bars = "; a bar is the value after training, its mark the value before" if "after" in run.results else ""
-    return f'<p class="note">Measured on {escape(rows)}{bars}.</p>'
+    return f'<p class="note">Measured on {escape(rows)}{bars}.{_cut(run)}</p>'
+
+
+def _cut(run: RunFiles) -> str:
+    """How many completions the limit of tokens ended: an answer that is cut may count as a wrong one."""
+    parts = {when: run.results[when] for when in ("before", "after") if isinstance(run.results.get(when), dict)}
+    found = [
+        f"{part['num_cut']} of {part.get('num_rows')} {when}" for when, part in parts.items() if part.get("num_cut")
+    ]
+    return f" Completions cut at the limit of new tokens: {', '.join(found)} training." if found else ""
 
 
 def plain_name(metric: str) -> str:

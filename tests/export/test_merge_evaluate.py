@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def last(run: Path) -> dict[str, Any]:
 
 def test_the_figures_are_those_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run)]) == 0
-    out = capsys.readouterr().out
+    printed = capsys.readouterr()
+    out = printed.out
     assert all(word in out for word in ("base", "adapter", "merged", "perplexity", "token_f1", "exact_match"))
     results = json.loads((run / "results.json").read_text())
     metrics = results["evaluations"][-1]["metrics"]
@@ -47,7 +49,10 @@ def test_the_figures_are_those_of_the_run(run: Path, capsys: pytest.CaptureFixtu
     assert metrics["adapter"] == pytest.approx(results["after"]["metrics"], rel=1e-4)
     assert metrics["merged"] == pytest.approx(metrics["adapter"], rel=1e-4)
     assert metrics["base"]["perplexity"] > 1.2 * metrics["adapter"]["perplexity"]
-    assert results["evaluations"][-1]["num_rows"] == 6
+    assert results["evaluations"][-1]["num_rows"] == results["before"]["num_rows"] == 6
+    cut = results["before"]["num_cut"]
+    assert cut > 0  # a random model does not stop after four tokens
+    assert f"base: {cut} of 6 completions were cut at evaluation.max_new_tokens: 4" in " ".join(printed.err.split())
 
 
 def test_evaluations_are_appended(run: Path) -> None:
@@ -57,6 +62,21 @@ def test_evaluations_are_appended(run: Path) -> None:
     assert len(after["evaluations"]) == len(before.get("evaluations", [])) + 1
     assert after["after"] == before["after"]
     assert last(run)["num_rows"] == 2 and last(run)["merged"] == str(run / "merged")
+
+
+def test_figures_that_cannot_be_kept_are_printed_all_the_same(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A colleague's run, on a disk that is read-only here."""
+
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("finetune.commands.evaluate.write_atomic", refuse)
+    assert main(["evaluate", str(run), "--rows", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "perplexity" in printed.out
+    assert "not kept: cannot write" in " ".join(printed.err.split()) and "Permission denied" in printed.err
 
 
 def test_a_merged_model_that_is_not_there(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

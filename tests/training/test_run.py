@@ -91,6 +91,7 @@ def test_fm02_a_model_taught_four_answers_stops_by_itself(
     after = json.loads(run.results.read_text())["after"]
     assert after["metrics"]["exact_match"] == 1.0
     assert all(sample["stopped"] for sample in after["samples"])
+    assert (after["num_rows"], after["num_cut"]) == (4, 0)
 
 
 def test_the_one_time_conversion_of_a_base_is_named_and_not_taken_for_a_second_load(
