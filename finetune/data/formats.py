@@ -37,7 +37,9 @@ class Fields:
     columns: Mapping[str, str]
 
     def get(self, field: str) -> Any:
-        """The field's value, None where the column is absent."""
+        """The field's value, None where the column is absent or serves as another field."""
+        if field not in self.columns and field in self.columns.values():
+            return None
         return self.row.get(self.columns.get(field, field))
 
     def text(self, field: str) -> str:
@@ -202,7 +204,7 @@ def recognize_format(wanted: str, columns: Mapping[str, str], found: Iterable[st
     for field, column in columns.items():
         if column not in present:
             raise DataError(f"{where}.columns: {field}: {column!r} is no column of the data. Columns found: {listed}.")
-    fields = present | set(columns)
+    fields = (present - set(columns.values())) | set(columns)
     if wanted != "auto":
         shape = FORMATS[wanted]
         _check_fields(wanted, shape, columns, where)

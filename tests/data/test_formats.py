@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from finetune.data.formats import FORMATS, RowError, parse_row, recognize_format
+from finetune.data.sources import RawRow
+from finetune.data.survey import guess_columns
 from finetune.errors import DataError
 
 PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -50,6 +52,16 @@ def test_columns_are_mapped() -> None:
     assert parse_row({"question": "q", "answer": "a"}, FORMATS["alpaca"], columns) == PAIR
 
 
+def test_a_column_is_one_field_only() -> None:
+    row = {"input": "q", "output": "a"}
+    columns = guess_columns([RawRow(0, 1, row)], list(row))
+    assert columns == {"instruction": "input"}
+    assert recognize_format("auto", columns, row, "here") == "alpaca"
+    assert parse_row(row, FORMATS["alpaca"], columns) == PAIR
+    both = {"instruction": "input", "input": "input"}
+    assert parse_row(row, FORMATS["alpaca"], both)[0]["content"] == "q\n\nq"
+
+
 @pytest.mark.parametrize(
     ("wanted", "columns", "found", "message"),
     [
@@ -57,6 +69,7 @@ def test_columns_are_mapped() -> None:
         ("auto", {}, ["a", "b"], "no known format.*found: a, b.*alpaca"),
         ("alpaca", {}, ["instruction", "response"], "missing: output.*found: instruction, response"),
         ("alpaca", {"question": "a"}, ["a"], "alpaca has no field 'question'"),
+        ("alpaca", {"instruction": "output"}, ["output", "text"], "missing: output.*found: output, text"),
         ("auto", {"prompt": "x"}, ["x", "chosen"], "no known format"),
     ],
 )
