@@ -206,9 +206,20 @@ def _read_parquet(file: Path) -> Numbered:
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, _arrow_row(row)
     except pyarrow.ArrowException as error:
         raise DataError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _arrow_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An Arrow row without the keys that its objects do not have: Arrow gives all objects of a column the same keys."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
+    return [_without_nulls(below) for below in value] if isinstance(value, list) else value
 
 
 def _read_txt(file: Path) -> Numbered:
@@ -249,7 +260,8 @@ def _open_hub(section: SourceSection, where: str) -> Source:
         for start in range(0, len(table), 1024):
             batch: dict[str, list[Any]] = table[start : start + 1024]
             for offset in range(len(next(iter(batch.values()), []))):
-                yield RawRow(0, start + offset + 1, {key: values[offset] for key, values in batch.items()})
+                row = {key: values[offset] for key, values in batch.items()}
+                yield RawRow(0, start + offset + 1, _arrow_row(row))
 
     return Source(where, (section.path,), _hash_hub(table, section, where), len(table), rows)
 

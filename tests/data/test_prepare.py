@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,7 +23,7 @@ from finetune.data.template import encode_prompt, load_template
 from finetune.errors import DataError, FinetuneError
 from finetune.recipe.schema import DataSection
 from finetune.run_dir import RunDir
-from tests.data.conftest import chat, prepare
+from tests.data.conftest import TOOLS_TEMPLATE, chat, prepare
 
 Tokenizers = Callable[[str], Any]
 Sections = Callable[..., Any]
@@ -79,6 +81,24 @@ def test_an_empty_data_set(content: str, tokenizer_of: Tokenizers, section: Sect
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(DataError, match=r"data.sources\[0\].path: .*rows.jsonl holds no rows"):
         prepare(tokenizer_of("llama3"), section())
+
+
+def test_rows_from_arrow_have_no_keys_that_other_rows_brought(
+    tokenizer_of: Tokenizers, section: Sections, tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    rows = [
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "tool_calls": [call]}]}
+        for call in ({"function": {"arguments": {"city": "Paris"}}}, {"function": {"arguments": {"query": "one"}}})
+    ]
+    rows.append(chat("hello", "hi"))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    lines, _ = prepare(tokenizer, section(rows))
+    table, _ = prepare(tokenizer, section(name="rows.parquet"))
+    assert "null" not in tokenizer.decode(table.train[0][0])
+    assert [table.train[i][0].tolist() for i in range(3)] == [lines.train[i][0].tolist() for i in range(3)]
+    assert table.train.fingerprint == lines.train.fingerprint
 
 
 def test_no_answers_at_all(tokenizer_of: Tokenizers, section: Sections) -> None:
