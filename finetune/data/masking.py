@@ -287,9 +287,11 @@ class Encoder:
 
     def _whole_sample(self, row: Pending, ids: list[int]) -> Sample:
         if row.is_plain:
-            ids = [self.bos_id, *ids] if self.bos_id is not None else list(ids)
-            if self.eos_id is not None:
-                ids.append(self.eos_id)
+            # text that was rendered before it came here may hold both
+            if self.bos_id is not None and ids[:1] != [self.bos_id]:
+                ids = [self.bos_id, *ids]
+            if self.eos_id is not None and ids[-1:] != [self.eos_id]:
+                ids = [*ids, self.eos_id]
         return Sample(ids, [(0, len(ids))])
 
     def _assemble(self, pending: list[Pending], rejected: list[Rejected], counts: Counter[str]) -> Chunk:

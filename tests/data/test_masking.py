@@ -221,6 +221,18 @@ def test_text_is_split_and_every_token_is_predicted_once(
     assert prepared.ledger.sources[0].rows_split == 1
 
 
+@pytest.mark.parametrize("style", ["base", "gpt2"])
+def test_text_gets_no_second_bos_and_eos(
+    style: str, tokenizer_of: Callable[[str], Any], section: Callable[..., Any]
+) -> None:
+    tokenizer = tokenizer_of(style)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    rows = [{"text": text} for text in (f"{bos}hello{eos}", "hello", f"{bos}hello", f"hello{eos}", f"hello{eos}\n")]
+    prepared, _ = prepare(tokenizer, section(rows, source={"format": "text"}))
+    texts = [tokenizer.decode(prepared.train[index][0]) for index in range(len(rows))]
+    assert texts == [f"{bos}hello{eos}"] * 4 + [f"{bos}hello{eos}\n{eos}"]
+
+
 @pytest.mark.parametrize("style", ["llama3", "gemma", "mistral", "qwen3", "base"])
 def test_fm12_training_prefix_is_the_saved_tokenizers_prompt(
     style: str, tokenizer_of: Callable[[str], Any], section: Callable[..., Any], tmp_path: Path
