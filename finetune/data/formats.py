@@ -100,11 +100,21 @@ def check_text(value: Any, where: str) -> str:
     """
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{where} holds {describe(value)}; it must be text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # a lone surrogate, legal in JSON, is refused by the tokenizer
-        raise RowError(f"{where} holds text that is not valid Unicode ({error.reason})") from None
+    check_unicode(value, where)
     return value
+
+
+def check_unicode(value: Any, where: str) -> None:
+    """Text, or the texts in a JSON value.
+
+    Raises:
+        RowError: one of them holds a lone surrogate, which is legal in JSON and refused by the tokenizer.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{where} holds text that is not valid Unicode ({error.reason})") from None
 
 
 def alpaca(fields: Fields) -> list[Message]:
@@ -134,6 +144,8 @@ def messages(fields: Fields) -> list[Message]:
             message.setdefault("content", "")
         else:
             message["content"] = check_text(turn.get("content"), f"turn {number}: content")
+        for key, value in message.items():
+            check_unicode(value, f"turn {number}: {key}")
         result.append(message)
     return result
 

@@ -141,3 +141,16 @@ def test_tool_calls_pass_through() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     turns = parse_row({"messages": [PAIR[0], call]}, FORMATS["messages"], {})
     assert turns[1] == {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reasoning_content", "\ud800"),
+        ("tool_calls", [{"function": {"name": "f", "arguments": {"\ud800": 1}}}]),
+    ],
+)
+def test_fm29_a_lone_surrogate_beside_the_content(key: str, value: Any) -> None:
+    row = {"messages": [PAIR[0], {**PAIR[1], key: value}]}
+    with pytest.raises(RowError, match=rf"turn 2: {key} holds text that is not valid Unicode"):
+        parse_row(row, FORMATS["messages"], {})
