@@ -12,10 +12,9 @@ from finetune.console import say
 from finetune.errors import EXIT_OK, BadInputError, DataError
 
 if TYPE_CHECKING:
+    from finetune.data.formats import Conversation
     from finetune.inference.generate import Completion
     from finetune.inference.load import LoadedRun
-
-Message = dict[str, Any]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file",
         type=Path,
-        help='one prompt per line of a text file; or a .jsonl file of strings, {"prompt": …} or {"messages": […]}',
+        help='one prompt per line of a text file; or a .jsonl file of strings, {"prompt": …} or {"messages": […]}, '
+        'which may have "tools": […]',
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
     parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the recipe's")
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Complete every prompt and print the completions in order."""
-    prompts = [[{"role": "user", "content": text}] for text in arguments.prompt]
+    prompts = [_parse_text(text, "") for text in arguments.prompt]
     if arguments.file is not None:
         prompts += read_prompts(arguments.file)
     if not prompts:
@@ -81,7 +81,7 @@ def _load(arguments: argparse.Namespace) -> list[LoadedRun]:
     return load_adapters([(given, find_place(given).folder) for given in arguments.adapter], on)
 
 
-def _complete(loaded: LoadedRun, prompts: list[list[Message]], arguments: argparse.Namespace) -> list[Completion]:
+def _complete(loaded: LoadedRun, prompts: list[Conversation], arguments: argparse.Namespace) -> list[Completion]:
     from finetune.data.template import encode_prompt
     from finetune.inference.generate import Sampling, generate
 
@@ -94,18 +94,16 @@ def _complete(loaded: LoadedRun, prompts: list[list[Message]], arguments: argpar
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    ids = [encode_prompt(loaded.tokenizer, loaded.template, messages, system) for messages in prompts]
+    ids = [encode_prompt(loaded.tokenizer, loaded.template, each.messages, system, each.tools) for each in prompts]
     stops = loaded.template.stop_token_ids
     return generate(loaded.model, loaded.tokenizer, ids, stops, sampling, batch_size=evaluation.batch_size)
 
 
-def _print(
-    prompts: list[list[Message]], answers: list[list[Completion]], adapters: list[str], *, as_json: bool
-) -> None:
+def _print(prompts: list[Conversation], answers: list[list[Completion]], adapters: list[str], *, as_json: bool) -> None:
     """Every prompt with its completion, or with those of each adapter in the order given."""
     labels: list[str | None] = [*adapters] if adapters else [None]
-    for messages, *completions in zip(prompts, *answers, strict=True):
-        prompt = str(messages[-1]["content"])
+    for conversation, *completions in zip(prompts, *answers, strict=True):
+        prompt = str(conversation.messages[-1]["content"])
         if not as_json and (len(prompts) > 1 or len(labels) > 1):
             print(f">>> {prompt}")
         for label, completion in zip(labels, completions, strict=True):
@@ -134,8 +132,8 @@ def _say_speed(completions: list[Completion], seconds: float) -> None:
     say(f"{line}, {cut} cut at --max-new-tokens" if cut else line)
 
 
-def read_prompts(path: Path) -> list[list[Message]]:
-    """The prompts of a file as messages; empty lines are passed over.
+def read_prompts(path: Path) -> list[Conversation]:
+    """The prompts of a file; empty lines are passed over.
 
     Raises:
         DataError: the file cannot be read, or a line is no prompt.
@@ -148,11 +146,15 @@ def read_prompts(path: Path) -> list[list[Message]]:
     return [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _parse_text(line: str, _: str) -> list[Message]:
-    return [{"role": "user", "content": line}]
+def _parse_text(line: str, _: str) -> Conversation:
+    from finetune.data.formats import Conversation
+
+    return Conversation([{"role": "user", "content": line}])
 
 
-def _parse_json(line: str, where: str) -> list[Message]:
+def _parse_json(line: str, where: str) -> Conversation:
+    from finetune.data.formats import Conversation, Fields, RowError
+
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -160,7 +162,10 @@ def _parse_json(line: str, where: str) -> list[Message]:
     if isinstance(value, dict):
         messages = value.get("messages")
         if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-            return messages
+            try:
+                return Conversation(messages, Fields(value, {}).tools())
+            except RowError as error:
+                raise DataError(f"{where}: {error}") from error
         value = value.get("prompt")
     if not isinstance(value, str) or not value:
         raise DataError(f'{where}: is no prompt; accepted are a string, {{"prompt": "…"}} and {{"messages": […]}}')

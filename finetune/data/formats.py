@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.errors import DataError
 
 Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -23,6 +24,14 @@ _SHAREGPT_ROLES = {
     "function": "tool",
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Conversation(NamedTuple):
+    """A row as a chat."""
+
+    messages: list[Message]
+    tools: Tools = None
+    """What the assistant may call, as JSON schemas."""
 
 
 class RowError(Exception):
@@ -71,6 +80,27 @@ class Fields:
             if not isinstance(turn, Mapping):
                 raise RowError(f"column {name!r}, turn {number}, holds {describe(turn)}; it must be an object")
         return list(value)
+
+    def tools(self) -> Tools:
+        """The field `tools`: a list of objects, or the JSON text of one, as tables carry it; None for none.
+
+        Raises:
+            RowError: it is anything else.
+        """
+        name = f"column {self.columns.get('tools', 'tools')!r}"
+        value = self.get("tools")
+        if isinstance(value, str):
+            check_unicode(value, name)
+            try:
+                value = load_line(value.encode()) if value.strip() else None
+            except RowError as error:
+                raise RowError(f"{name}: {error}") from None
+        if value is None or value == []:
+            return None
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise RowError(f"{name} holds {describe(value)}; it must be a list of objects, or its JSON text")
+        check_unicode(value, name)
+        return value
 
 
 def describe(value: Any) -> str:
@@ -197,8 +227,8 @@ class Format:
 
 # Recognized in this order: a row with both messages and text is a conversation.
 FORMATS: dict[str, Format] = {
-    "messages": Format(messages, ("messages",)),
-    "sharegpt": Format(sharegpt, ("conversations",), ("system",)),
+    "messages": Format(messages, ("messages",), ("tools",)),
+    "sharegpt": Format(sharegpt, ("conversations",), ("system", "tools")),
     "alpaca": Format(alpaca, ("instruction", "output"), ("input", "system")),
     "prompt_completion": Format(prompt_completion, ("prompt", "completion"), ("system",)),
     "text": Format(text, ("text",)),
@@ -245,8 +275,8 @@ def _check_fields(name: str, shape: Format, columns: Mapping[str, str], where: s
             raise DataError(f"{where}.columns: {name} has no field {field!r}; its fields: {', '.join(known)}.")
 
 
-def parse_row(payload: bytes | Mapping[str, Any], shape: Format, columns: Mapping[str, str]) -> list[Message]:
-    """Messages of one raw row, a JSON line or an object.
+def parse_conversation(payload: bytes | Mapping[str, Any], shape: Format, columns: Mapping[str, str]) -> Conversation:
+    """Messages and tools of one raw row, a JSON line or an object.
 
     Raises:
         RowError: the row cannot be used.
@@ -254,7 +284,13 @@ def parse_row(payload: bytes | Mapping[str, Any], shape: Format, columns: Mappin
     row: Any = load_line(payload) if isinstance(payload, bytes) else payload
     if not isinstance(row, Mapping):
         raise RowError(f"the row is {describe(row)}; it must be an object with columns")
-    return shape.read(Fields(row, columns))
+    fields = Fields(row, columns)
+    return Conversation(shape.read(fields), fields.tools() if "tools" in shape.optional else None)
+
+
+def parse_row(payload: bytes | Mapping[str, Any], shape: Format, columns: Mapping[str, str]) -> list[Message]:
+    """The messages alone; see `parse_conversation`."""
+    return parse_conversation(payload, shape, columns).messages
 
 
 def load_line(line: bytes) -> Any:

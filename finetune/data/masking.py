@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data.formats import FORMATS, Message, RowError, parse_row
+from finetune.data.formats import FORMATS, Conversation, Message, RowError, Tools, parse_conversation
 from finetune.data.sources import RawRow
 from finetune.data.template import apply_system, render, token_pattern
 from finetune.errors import DataError
@@ -131,14 +132,16 @@ class Encoder:
         self._tokenize(pending, counts)
         return self._assemble(pending, rejected, counts)
 
-    def messages(self, raw: RawRow) -> list[Message]:
-        """The row's messages, with the default system prompt.
+    def conversation(self, raw: RawRow) -> Conversation:
+        """The row's messages, with the default system prompt, and its tools.
 
         Raises:
             RowError: the row cannot be used.
         """
-        turns = parse_row(raw.payload, FORMATS[self.format], self.columns)
-        return turns if self.format == "text" else apply_system(turns, self.system, self.system_role)
+        row = parse_conversation(raw.payload, FORMATS[self.format], self.columns)
+        if self.format == "text":
+            return row
+        return row._replace(messages=apply_system(row.messages, self.system, self.system_role))
 
     def render_row(self, raw: RawRow, counts: Counter[str]) -> Pending:
         """The row's texts and where the assistant's turns lie in them.
@@ -146,19 +149,21 @@ class Encoder:
         Raises:
             RowError: the row or what the template makes of it cannot be used.
         """
-        messages = self.messages(raw)
-        pending = Pending(raw, _digest(messages))
+        conversation = self.conversation(raw)
+        messages, tools = conversation
+        pending = Pending(raw, _digest(conversation))
+        counts["rows_of_hidden_tools"] += bool(tools) and not re.search(r"\btools\b", self.source)
         if self.format == "text":
             pending.text, pending.is_plain = messages[0]["content"], True
             return pending
         if self.train_on == "everything":
-            pending.text = self._render(messages, prompt=False)
+            pending.text = self._render(messages, tools, prompt=False)
             return pending
         at = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not at:
             raise NoAssistantTurn("the conversation has no assistant turn, so nothing in it is trained")
         wanted = at if self.train_on == "all_assistant" else at[-1:]
-        turns = [self._render_turn(messages[: index + 1]) for index in wanted]
+        turns = [self._render_turn(messages[: index + 1], tools) for index in wanted]
         last = turns[-1]
         if all(last.text.startswith(turn.text) for turn in turns):
             pending.turns = [last]
@@ -169,13 +174,13 @@ class Encoder:
             pending.turns = turns
         return pending
 
-    def _render(self, messages: list[Message], *, prompt: bool) -> str:
-        return render(self.source, self.special_tokens, messages, add_generation_prompt=prompt)
+    def _render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> str:
+        return render(self.source, self.special_tokens, messages, tools, add_generation_prompt=prompt)
 
-    def _render_turn(self, messages: list[Message]) -> Turn:
+    def _render_turn(self, messages: list[Message], tools: Tools) -> Turn:
         """The conversation up to the terminator of its last, assistant, turn."""
-        prompt = self._render(messages[:-1], prompt=True)
-        text = self._render(messages, prompt=False)
+        prompt = self._render(messages[:-1], tools, prompt=True)
+        text = self._render(messages, tools, prompt=False)
         if not text.startswith(prompt):
             return self._join_prompt(prompt, text, messages[-1])
         return Turn(text[: self._turn_end(text, len(prompt))], len(prompt))
@@ -377,8 +382,9 @@ def _split(tokens: np.ndarray, mask: np.ndarray, limit: int) -> list[tuple[np.nd
     return pieces
 
 
-def _digest(messages: list[Message]) -> int:
-    text = json.dumps(messages, ensure_ascii=True, sort_keys=True, default=str)
+def _digest(row: Conversation) -> int:
+    content = row if row.tools else row.messages
+    text = json.dumps(content, ensure_ascii=True, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

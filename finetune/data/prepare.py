@@ -13,7 +13,7 @@ import numpy as np
 from finetune.console import progress_bar, say, warn
 from finetune.data.cache import Store, cache_key, open_store, write_store
 from finetune.data.dataset import TokenDataset
-from finetune.data.formats import Message, RowError, recognize_format
+from finetune.data.formats import Message, RowError, Tools, recognize_format
 from finetune.data.ledger import (
     Ledger,
     RejectedRow,
@@ -67,6 +67,7 @@ class Row:
     expected: str
     """The text of the last assistant turn."""
     origin: str
+    tools: Tools = None
 
 
 def prepare_data(
@@ -184,6 +185,8 @@ def _open(
         max_rejected_share=data.max_rejected_share,
         max_over_length_share=data.max_over_length_share,
     )
+    if hidden := store.meta["counts"].get("rows_of_hidden_tools"):
+        warn(f"{section.path}: {hidden:,} rows have tools, which the chat template ({template.name}) does not show")
     say(f"{section.path}: {account.rows_kept:,} rows, format {account.format}, cache {cache}")
     return Opened(source, store, account)
 
@@ -318,7 +321,7 @@ def _rows(source: Source, encoder: Encoder, section: SourceSection, data: DataSe
         total += 1
         origin = source.origin(raw.file, raw.number)
         try:
-            messages = encoder.messages(raw)
+            messages, tools = encoder.conversation(raw)
         except RowError as error:
             num_bad += 1
             first_bad = first_bad or f"{origin}: {error}"
@@ -327,7 +330,7 @@ def _rows(source: Source, encoder: Encoder, section: SourceSection, data: DataSe
             continue
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is not None:
-            yield Row(messages[:last], str(messages[last]["content"]), origin)
+            yield Row(messages[:last], str(messages[last]["content"]), origin, tools)
     if num_bad > data.max_rejected_share * total:
         raise DataError(
             f"{source.where}: {num_bad:,} of {total:,} rows cannot be used ({MALFORMED}), "

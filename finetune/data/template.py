@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import say, warn
+from finetune.data.formats import Message, Tools
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.recipe.schema import DataSection
-
-Message = dict[str, Any]
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 _PROBE_USER = "finetune probe question"
@@ -80,24 +79,30 @@ def encode_prompt(
     template: ChatTemplate,
     messages: list[Message],
     system: str | None = None,
+    tools: Tools = None,
 ) -> list[int]:
     """Token ids of `messages` with the generation prompt: what a server feeds the model.
 
     `system` is used where `messages` carry none. The same ids as
-    `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.
+    `tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True)`.
 
     Raises:
         DataError: the template refuses these messages.
     """
     full = apply_system(messages, system, template.system_role)
-    text = render(template.source, dict(tokenizer.special_tokens_map), full, add_generation_prompt=True)
+    text = render(template.source, dict(tokenizer.special_tokens_map), full, tools, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def render(
-    source: str, special_tokens: Mapping[str, Any], messages: list[Message], *, add_generation_prompt: bool
+    source: str,
+    special_tokens: Mapping[str, Any],
+    messages: list[Message],
+    tools: Tools = None,
+    *,
+    add_generation_prompt: bool,
 ) -> str:
-    """The text of `messages` under the Jinja template `source`, as `apply_chat_template` writes it.
+    """The text of `messages` and `tools` under the Jinja template `source`, as `apply_chat_template` writes it.
 
     Raises:
         DataError: the template refuses these messages.
@@ -107,6 +112,7 @@ def render(
     try:
         texts, _ = render_jinja_template(
             conversations=[messages],
+            tools=tools,
             chat_template=source,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,

@@ -83,7 +83,7 @@ def evaluate_task(
     """
     rows = rows[: _num_completed(section)]
     start = time.perf_counter()
-    prompts = [encode_prompt(tokenizer, template, row.messages) for row in rows]
+    prompts = [encode_prompt(tokenizer, template, row.messages, tools=row.tools) for row in rows]
     sampling = Sampling(max_new_tokens=section.max_new_tokens)
     completions = generate(
         model,

@@ -187,7 +187,8 @@ def _check_prompt(checkup: Checkup) -> Iterator[Finding]:
     if index is None:
         return
     input_ids, supervised = train[index]
-    served = encode_prompt(checkup.tokenizer, checkup.template, rows[0].messages, recipe.data.system)
+    row = rows[0]
+    served = encode_prompt(checkup.tokenizer, checkup.template, row.messages, recipe.data.system, row.tools)
     if input_ids[: len(served)].tolist() == served:
         yield fact("template", "the prompt in training is, token for token, the one that is served")
     elif len(input_ids) > len(served):

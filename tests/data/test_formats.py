@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from finetune.data.formats import FORMATS, RowError, parse_row, recognize_format
+from finetune.data.formats import FORMATS, RowError, parse_conversation, parse_row, recognize_format
 from finetune.data.sources import RawRow
 from finetune.data.survey import guess_columns
 from finetune.errors import DataError
@@ -154,3 +155,31 @@ def test_fm29_a_lone_surrogate_beside_the_content(key: str, value: Any) -> None:
     row = {"messages": [PAIR[0], {**PAIR[1], key: value}]}
     with pytest.raises(RowError, match=rf"turn 2: {key} holds text that is not valid Unicode"):
         parse_row(row, FORMATS["messages"], {})
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt"])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(TOOLS, TOOLS), (json.dumps(TOOLS), TOOLS), (None, None), ([], None), ("", None)]
+)
+def test_tools_are_a_list_or_its_json_text(name: str, value: Any, expected: Any) -> None:
+    turns = {"messages": PAIR} if name == "messages" else {"conversations": PAIR}
+    assert parse_conversation({**turns, "tools": value}, FORMATS[name], {}) == (PAIR, expected)
+    assert parse_conversation({**turns, "t": value}, FORMATS[name], {"tools": "t"}).tools == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("[{", "column 'tools': not valid JSON"),
+        ('"f"', "column 'tools' holds text"),
+        (["f"], "column 'tools' holds a list of 1"),
+        ({"name": "f"}, "column 'tools' holds an object"),
+        ([{"name": "\ud800"}], "column 'tools' holds text that is not valid Unicode"),
+    ],
+)
+def test_fm29_what_is_no_list_of_tools_is_refused(value: Any, found: str) -> None:
+    with pytest.raises(RowError, match=found):
+        parse_conversation({"messages": PAIR, "tools": value}, FORMATS["messages"], {})

@@ -101,6 +101,37 @@ def test_rows_from_arrow_have_no_keys_that_other_rows_brought(
     assert table.train.fingerprint == lines.train.fingerprint
 
 
+@pytest.mark.parametrize("train_on", ["all_assistant", "everything"])
+def test_tools_are_rendered_as_the_tokenizer_does(
+    train_on: str, tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    tools = [{"name": "one", "default": None}]
+    rows = [{**chat("hello", "hi"), "tools": tools}, {**chat("hello", "hi"), "tools": json.dumps(tools)}]
+    data = section([*rows, chat("hello", "hi")], train_on=train_on)
+    prepared, template = prepare(tokenizer, data)
+    for index, given in ((0, tools), (1, tools), (2, None)):
+        theirs = tokenizer.apply_chat_template(rows[0]["messages"], given, return_dict=False)
+        ids, _ = prepared.train[index]
+        assert ids.tolist() == theirs[: len(ids)] and len(ids) >= len(theirs) - 1
+    assert prepared.ledger.duplicate_rows == 1
+    test_rows = prepare_rows(data.sources[0], data, tokenizer, template)
+    assert [row.tools for row in test_rows] == [tools, tools, None]
+    prompt = encode_prompt(tokenizer, template, test_rows[0].messages, tools=test_rows[0].tools)
+    assert prepared.train[0][0][: len(prompt)].tolist() == prompt
+    assert "rows have tools" not in capsys.readouterr().err
+
+
+def test_tools_that_the_template_does_not_show_are_said(
+    tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = section([{**chat("hello", "hi"), "tools": [{"name": "f"}]}, chat("a", "b")])
+    for _ in ("made", "found"):
+        prepare(tokenizer_of("llama3"), data)
+        assert "1 rows have tools, which the chat template (tokenizer) does not show" in capsys.readouterr().err
+
+
 def test_no_answers_at_all(tokenizer_of: Tokenizers, section: Sections) -> None:
     with pytest.raises(DataError, match="nothing to learn"):
         prepare(tokenizer_of("llama3"), section([{"messages": [{"role": "user", "content": "x"}]}]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_fm12_prompts_are_those_of_the_tokenizers_template(answers: dict[str, An
     assert answers["prompts"] == [
         tokenizer.apply_chat_template(row.messages, add_generation_prompt=True, return_dict=False) for row in ROWS
     ]
+
+
+def test_a_rows_tools_are_in_its_prompt(answers: dict[str, Any]) -> None:
+    row = replace(ROWS[0], tools=[{"name": "f"}])
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    template = load_template(tokenizer, DataSection.model_validate({"sources": [{"path": "x.jsonl"}]}))
+    evaluate_task(None, tokenizer, template, [row], EvaluationSection(metrics=["exact_match"]))  # type: ignore[arg-type]
+    prompt = tokenizer.apply_chat_template(row.messages, row.tools, add_generation_prompt=True, return_dict=False)
+    assert answers["prompts"] == [prompt] and '"name": "f"' in tokenizer.decode(prompt)
 
 
 def test_only_what_is_asked_for_is_completed(answers: dict[str, Any]) -> None:

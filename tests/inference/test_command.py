@@ -64,13 +64,20 @@ def test_fm12_the_model_gets_the_ids_of_the_tokenizers_own_template(
 def test_prompts_are_read_from_text_and_json_lines(tmp_path: Path) -> None:
     text = tmp_path / "prompts.txt"
     text.write_text("one\n\n  two \n")
-    assert [messages[0]["content"] for messages in read_prompts(text)] == ["one", "  two "]
+    assert [prompt.messages[0]["content"] for prompt in read_prompts(text)] == ["one", "  two "]
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('"one"\n{"prompt": "two"}\n{"messages": [{"role": "user", "content": "three"}]}\n')
-    assert [messages[0]["content"] for messages in read_prompts(lines)] == ["one", "two", "three"]
+    assert [prompt.messages[0]["content"] for prompt in read_prompts(lines)] == ["one", "two", "three"]
+    lines.write_text('{"messages": [{"role": "user", "content": "four"}], "tools": [{"name": "f"}]}\n')
+    assert read_prompts(lines) == [([{"role": "user", "content": "four"}], [{"name": "f"}])]
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"text": "x"}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
+TOOLS = '{"messages": [{"role": "user", "content": "x"}], "tools": 3}'
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "3", '{"text": "x"}', '{"messages": []}', '{"messages": [{"role": "user"}]}', TOOLS]
+)
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'"fine"\n{line}\n')
