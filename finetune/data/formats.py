@@ -163,20 +163,20 @@ def alpaca(fields: Fields) -> list[Message]:
 
 
 def messages(fields: Fields) -> list[Message]:
-    """OpenAI's messages: role and content, with tool calls passed through."""
+    """OpenAI's messages: role and content, with tool calls passed through, and `weight` where it is 0."""
     result = []
     for number, turn in enumerate(fields.turns("messages"), 1):
         role = turn.get("role")
         if role not in _ROLES:
             raise RowError(f"turn {number}: role is {describe(role)}; accepted: {', '.join(_ROLES)}")
-        message = {key: value for key, value in turn.items() if value is not None}
+        message = {key: value for key, value in turn.items() if value is not None and key != "weight"}
         if message.get("tool_calls"):
             message.setdefault("content", "")
         else:
             message["content"] = check_text(turn.get("content"), f"turn {number}: content")
         for key, value in message.items():
             check_unicode(value, f"turn {number}: {key}")
-        result.append(message)
+        result.append({**message, **_weight(turn, role, number)})
     return result
 
 
@@ -193,7 +193,7 @@ def sharegpt(fields: Fields) -> list[Message]:
             accepted = ", ".join(_SHAREGPT_ROLES)
             raise RowError(f"turn {number}: from is {describe(speaker)}; accepted: {accepted}")
         content = check_text(turn.get("value", turn.get("content")), f"turn {number}: value")
-        result.append({"role": role, "content": content})
+        result.append({"role": role, "content": content, **_weight(turn, role, number)})
     return result
 
 
@@ -209,6 +209,21 @@ def prompt_completion(fields: Fields) -> list[Message]:
 def text(fields: Fields) -> list[Message]:
     """Plain text, as one message of the role `text`: it is not rendered, every token of it is supervised."""
     return [{"role": "text", "content": fields.text("text")}]
+
+
+def _weight(turn: Mapping[str, Any], role: str, number: int) -> Message:
+    """`weight: 0` where an assistant's turn is not to be trained, else nothing."""
+    weight = turn.get("weight")
+    if role != "assistant" or weight is None:
+        return {}
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError(f"turn {number}: weight is {describe(weight)}; accepted: 0 (not trained) and 1")
+    return {} if weight else {"weight": 0}
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a message is an assistant's, and not one of `weight: 0`."""
+    return message["role"] == "assistant" and "weight" not in message
 
 
 def _with_system(fields: Fields, turns: list[Message]) -> list[Message]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data.formats import FORMATS, Conversation, Message, RowError, Tools, parse_conversation
+from finetune.data.formats import FORMATS, Conversation, Message, RowError, Tools, is_trained, parse_conversation
 from finetune.data.sources import RawRow
 from finetune.data.template import apply_system, render, token_pattern
 from finetune.errors import DataError
@@ -157,12 +157,18 @@ class Encoder:
             pending.text, pending.is_plain = messages[0]["content"], True
             return pending
         if self.train_on == "everything":
+            if any("weight" in message for message in messages):
+                raise RowError("a turn has weight 0, and data.train_on is everything; set it to all_assistant")
             pending.text = self._render(messages, tools, prompt=False)
             return pending
         at = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not at:
             raise NoAssistantTurn("the conversation has no assistant turn, so nothing in it is trained")
-        wanted = at if self.train_on == "all_assistant" else at[-1:]
+        wanted = [
+            index for index in (at if self.train_on == "all_assistant" else at[-1:]) if is_trained(messages[index])
+        ]
+        if not wanted:
+            raise NoAssistantTurn(f"every assistant turn that data.train_on ({self.train_on}) means has weight 0")
         turns = [self._render_turn(messages[: index + 1], tools) for index in wanted]
         last = turns[-1]
         if all(last.text.startswith(turn.text) for turn in turns):
@@ -369,7 +375,7 @@ class Encoder:
 
 
 class NoAssistantTurn(RowError):
-    """A conversation in which nobody answers."""
+    """A conversation in which nobody answers, or no answer is to be trained."""
 
 
 def _split(tokens: np.ndarray, mask: np.ndarray, limit: int) -> list[tuple[np.ndarray, np.ndarray]]:

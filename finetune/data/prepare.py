@@ -13,7 +13,7 @@ import numpy as np
 from finetune.console import progress_bar, say, warn
 from finetune.data.cache import Store, cache_key, open_store, write_store
 from finetune.data.dataset import TokenDataset
-from finetune.data.formats import Message, RowError, Tools, recognize_format
+from finetune.data.formats import Message, RowError, Tools, is_trained, recognize_format
 from finetune.data.ledger import (
     Ledger,
     RejectedRow,
@@ -63,9 +63,9 @@ class Row:
     """A row for task metrics."""
 
     messages: list[Message]
-    """The prompt: everything before the last assistant turn, with the default system prompt."""
+    """The prompt: everything before the last assistant turn that is trained, with the default system prompt."""
     expected: str
-    """The text of the last assistant turn."""
+    """The text of that turn."""
     origin: str
     tools: Tools = None
 
@@ -328,7 +328,7 @@ def _rows(source: Source, encoder: Encoder, section: SourceSection, data: DataSe
             if not data.max_rejected_share:
                 break
             continue
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+        last = max((i for i, message in enumerate(messages) if is_trained(message)), default=None)
         if last is not None:
             yield Row(messages[:last], str(messages[last]["content"]), origin, tools)
     if num_bad > data.max_rejected_share * total:

@@ -111,7 +111,8 @@ def render(
 
     try:
         texts, _ = render_jinja_template(
-            conversations=[messages],
+            # a turn's weight is for training alone
+            conversations=[[{key: turn[key] for key in turn if key != "weight"} for turn in messages]],
             tools=tools,
             chat_template=source,
             add_generation_prompt=add_generation_prompt,

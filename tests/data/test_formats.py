@@ -183,3 +183,17 @@ def test_tools_are_a_list_or_its_json_text(name: str, value: Any, expected: Any)
 def test_fm29_what_is_no_list_of_tools_is_refused(value: Any, found: str) -> None:
     with pytest.raises(RowError, match=found):
         parse_conversation({"messages": PAIR, "tools": value}, FORMATS["messages"], {})
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(0, {"weight": 0}), (0.0, {"weight": 0}), (1, {}), (None, {})])
+def test_weight_is_kept_where_an_answer_is_not_trained(weight: Any, expected: dict[str, Any]) -> None:
+    openai = [{**turn, "weight": weight} for turn in PAIR]
+    shared = [{"from": turn["role"], "value": turn["content"], "weight": weight} for turn in PAIR]
+    assert parse_row({"messages": openai}, FORMATS["messages"], {}) == [PAIR[0], {**PAIR[1], **expected}]
+    assert parse_row({"conversations": shared}, FORMATS["sharegpt"], {}) == [PAIR[0], {**PAIR[1], **expected}]
+
+
+@pytest.mark.parametrize(("weight", "found"), [(0.5, "a number"), (True, "a boolean"), ("0", "text"), ([0], "a list")])
+def test_fm29_a_weight_is_0_or_1(weight: Any, found: str) -> None:
+    with pytest.raises(RowError, match=f"turn 2: weight is {found}.*; accepted: 0"):
+        parse_row({"messages": [PAIR[0], {**PAIR[1], "weight": weight}]}, FORMATS["messages"], {})

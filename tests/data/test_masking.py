@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from finetune.data.prepare import prepare_rows
+from finetune.data.template import encode_prompt
 from finetune.errors import DataError
 from tests.data.conftest import HERE, chat, prepare
 
@@ -165,6 +167,56 @@ def test_train_on_everything(tokenizer_of: Callable[[str], Any], section: Callab
     ids, mask = prepared.train[0]
     assert mask.all()
     assert prepared.train.num_supervised.tolist() == [len(ids) - 1]
+
+
+def weighted(*weights: int) -> dict[str, Any]:
+    row = chat("hello", "one", "good", "two", "world", "three")
+    for turn, weight in zip(row["messages"][1::2], weights, strict=True):
+        turn["weight"] = weight
+    return row
+
+
+@pytest.mark.parametrize(
+    ("weights", "train_on", "expected"),
+    [
+        ((1, 0, 1), "all_assistant", "one<|eot_id|>three<|eot_id|>"),
+        ((0, 1, 0), "all_assistant", "two<|eot_id|>"),
+        ((0, 0, 1), "last_assistant", "three<|eot_id|>"),
+    ],
+)
+def test_a_turn_of_weight_0_is_context(
+    weights: tuple[int, ...],
+    train_on: str,
+    expected: str,
+    tokenizer_of: Callable[[str], Any],
+    section: Callable[..., Any],
+) -> None:
+    tokenizer = tokenizer_of("llama3")
+    loop = "{%- for message in messages %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(loop, loop + "{{- message['weight'] }}")
+    data = section([weighted(*weights)], train_on=train_on)
+    prepared, template = prepare(tokenizer, data)
+    ids, mask = prepared.train[0]
+    assert tokenizer.decode(ids[mask]) == expected
+    assert "0" not in tokenizer.decode(ids)
+    (row,) = prepare_rows(data.sources[0], data, tokenizer, template)
+    assert expected.endswith(f"{row.expected}<|eot_id|>")
+    assert "0" not in tokenizer.decode(encode_prompt(tokenizer, template, row.messages))
+
+
+def test_a_row_of_weights_0_has_no_label(tokenizer_of: Callable[[str], Any], section: Callable[..., Any]) -> None:
+    rows = [
+        weighted(0, 0, 0),
+        weighted(1, 1, 0),
+        weighted(1, 1, 1),
+        chat("hello", "one", "good", "two", "world", "three"),
+    ]
+    prepared, _ = prepare(tokenizer_of("llama3"), section(rows))
+    assert prepared.ledger.sources[0].dropped == {"no label": 1} and prepared.ledger.duplicate_rows == 1
+    prepared, _ = prepare(tokenizer_of("llama3"), section(rows, train_on="last_assistant"))
+    assert prepared.ledger.sources[0].dropped == {"no label": 2}
+    with pytest.raises(DataError, match=r"rows.jsonl:1: a turn has weight 0, and data.train_on is everything"):
+        prepare(tokenizer_of("llama3"), section(rows, train_on="everything"))
 
 
 def test_fm10_over_long_rows_are_counted_and_dropped(
