@@ -146,6 +146,7 @@ def _run_recipe(
     if recipe.hub.push and is_rank_zero():
         check_push(recipe.hub, run_dir.root)
     job = prepare_job(recipe)
+    recipe = job.recipe
     if provenance is not None and is_rank_zero():
         check_fingerprints(provenance, job.fingerprints, arguments.overrides)
     checkpoint = find_checkpoint(

@@ -39,7 +39,8 @@ _PEEKED_ROWS = 100
 # Keys of the data section that do not shape a source's samples. A new key does until it is listed here.
 _NOT_IN_KEY = {
     "sources",
-    "template",  # its text is in the key
+    "template",  # its text is in the key, with the date where it prints one
+    "date",
     "packing",
     "max_tokens",
     "validation",

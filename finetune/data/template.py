@@ -6,6 +6,8 @@ transformers' own renderer, so what is trained is what `apply_chat_template` ser
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ TEMPLATES_DIR = Path(__file__).parent / "templates"
 _PROBE_USER = "finetune probe question"
 _PROBE_SYSTEM = "finetune probe instructions"
 _PROBE_ANSWER = "finetune probe answer"
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ChatTemplate:
     name: str
     """`tokenizer`, `alpaca`, `chatml`, `plain`, or the file's name."""
     source: str
-    """The Jinja text."""
+    """The Jinja text, with the day's date in the place of calls for it."""
     stop_token_ids: tuple[int, ...]
     """Tokens that end an assistant turn; the one that is trained comes first."""
     tail: str = ""
@@ -43,6 +46,8 @@ class ChatTemplate:
     """The text of the terminator, the last thing of a turn that is supervised."""
     system_role: bool = True
     """False where the template has no system role: system text then opens the first user turn."""
+    date: datetime.date | None = None
+    """The day that the template prints; None where it prints none."""
 
 
 def load_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> ChatTemplate:
@@ -71,7 +76,20 @@ def load_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Chat
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id != terminator_id:
         stop_ids.append(int(tokenizer.eos_token_id))
     tokenizer.chat_template = source
-    return ChatTemplate(name, source, tuple(stop_ids), tail, terminator, _has_system_role(source, special))
+    system_role = _has_system_role(source, special)
+    date = (data.date or datetime.date.today()) if "strftime_now" in source else None
+    if date is not None:
+        source = print_date(source, date)
+    return ChatTemplate(name, source, tuple(stop_ids), tail, terminator, system_role, date)
+
+
+def print_date(source: str, date: datetime.date) -> str:
+    """`source` with `date` written out where it asks for today's, so that it renders the same on any day."""
+    midnight = datetime.datetime.combine(date, datetime.time())
+    source = _DATE_CALL.sub(lambda call: json.dumps(midnight.strftime(call[1] or call[2] or "")), source)
+    if re.search(r"strftime_now\s*\(", source):
+        warn("the chat template asks for today's date in a format that it computes: it prints each day's own")
+    return source
 
 
 def encode_prompt(

@@ -161,7 +161,7 @@ def _base(job: Job) -> tuple[Recipe, ModelSource]:
 
 
 def _modelfile(job: Job) -> str:
-    from finetune.data.template import render
+    from finetune.data.template import print_date, render
     from finetune.export.gguf_tokenizer import load_tokenizer, read_special
     from finetune.export.ollama import derive_template, modelfile
 
@@ -169,6 +169,8 @@ def _modelfile(job: Job) -> str:
     source = tokenizer.chat_template
     if not isinstance(source, str):
         raise BadInputError(f"{job.source}: its tokenizer has no chat template; export --to gguf instead")
+    if job.recipe is not None and job.recipe.data.date is not None:
+        source = print_date(source, job.recipe.data.date)
     tokens = dict(tokenizer.special_tokens_map)
 
     def render_messages(messages: list[dict[str, Any]], ask: bool) -> str:

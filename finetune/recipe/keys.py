@@ -113,6 +113,8 @@ def _describe(node: dict[str, Any]) -> str:
     kind = node.get("type")
     if kind in ("integer", "number"):
         return ("an integer" if kind == "integer" else "a number") + _describe_bounds(node)
+    if node.get("format") == "date":
+        return "a date (YYYY-MM-DD)"
     if kind == "string":
         return f"text that matches {node['pattern']}" if "pattern" in node else "text"
     if kind == "array":

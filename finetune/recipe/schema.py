@@ -6,6 +6,7 @@ The description of a field is what users read in the README's table and in their
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -122,6 +123,9 @@ class DataSection(Section):
         "auto", description="auto: the tokenizer's own chat template; else alpaca, chatml, plain, or a .jinja file."
     )
     system: str | None = Field(None, description="System prompt for rows that carry none.")
+    date: Annotated[datetime.date, Field(strict=False)] | None = Field(
+        None, description="The day that a chat template which prints the date prints; default the run's first."
+    )
     train_on: Literal["last_assistant", "all_assistant", "everything"] = Field(
         "all_assistant", description="Which tokens carry loss; an assistant turn includes its end-of-turn token."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, adapter_state, c
 from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.sources import ModelSource, find_model, fingerprint
-from finetune.recipe.load import dump_recipe
+from finetune.recipe.load import dump_recipe, read_document
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
 from finetune.stop_signals import StopSignals, blocked, leave_to_parent
@@ -100,13 +101,27 @@ def prepare_job(recipe: Recipe) -> Job:
         attention = choose_attention(config, recipe.model, recipe.data)
         tokenizer = load_tokenizer(recipe.model, source)
         token_indices(recipe.adapter, tokenizer)
-        template = load_template(tokenizer, recipe.data)
+        template, recipe = _load_dated_template(recipe, tokenizer)
         data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
     # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.
     placement = first if recipe.training.auto_micro_batch else place(recipe, config)
     plan = build_plan(len(data.train), recipe.training)
     packing = choose_packing(recipe, data.train, why_not=why_not_packed(config, attention))
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
+
+
+def _load_dated_template(recipe: Recipe, tokenizer: Any) -> tuple[ChatTemplate, Recipe]:
+    """The chat template, and the recipe with the date that it prints, if any: on another day a run goes on with it."""
+    data, path = recipe.data, resolve_run(recipe).recipe
+    if data.date is None and path.is_file():
+        recorded = read_document(path).value.get("data", {}).get("date")
+        data = data.model_copy(update={"date": recorded and datetime.date.fromisoformat(recorded)})
+    template = load_template(tokenizer, data)
+    if template.date is None:
+        return template, recipe
+    if recipe.data.date is None:
+        say(f"the chat template prints the date: {template.date} (data.date)")
+    return template, recipe.model_copy(update={"data": data.model_copy(update={"date": template.date})})
 
 
 def train(

@@ -128,3 +128,10 @@ def chat(*turns: str, system: str | None = None) -> dict[str, Any]:
     """A messages row: user and assistant by turns."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     return {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
+
+
+def print_today(template: str) -> str:
+    """A template that opens with the date as Llama 3.2's does."""
+    start = "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    start += "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ bos_token }}{{ date_string }}"
+    return start + template.replace("{{- bos_token }}", "")

@@ -23,7 +23,7 @@ from finetune.data.template import encode_prompt, load_template
 from finetune.errors import DataError, FinetuneError
 from finetune.recipe.schema import DataSection
 from finetune.run_dir import RunDir
-from tests.data.conftest import TOOLS_TEMPLATE, chat, prepare
+from tests.data.conftest import TOOLS_TEMPLATE, chat, prepare, print_today
 
 Tokenizers = Callable[[str], Any]
 Sections = Callable[..., Any]
@@ -249,10 +249,20 @@ def test_fm15_each_key_that_shapes_samples_changes_the_key(
     )
 
 
-@pytest.mark.parametrize("keys", [{"num_workers": 1}, {"packing": "none"}, {"max_rejected_share": 0.5}])
+@pytest.mark.parametrize(
+    "keys", [{"num_workers": 1}, {"packing": "none"}, {"max_rejected_share": 0.5}, {"date": "2026-01-02"}]
+)
 def test_what_shapes_no_sample_keeps_the_key(keys: dict[str, Any], tokenizer_of: Tokenizers, section: Sections) -> None:
     rows = many(3)
     assert key_of(tokenizer_of("llama3"), section(rows)) == key_of(tokenizer_of("llama3"), section(rows, **keys))
+
+
+def test_the_date_is_in_the_key_where_the_template_prints_it(tokenizer_of: Tokenizers, section: Sections) -> None:
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = print_today(tokenizer.chat_template)
+    days = ("2026-01-02", "2026-01-03", "2026-01-02")
+    keys = [key_of(tokenizer, section(many(3), date=day)) for day in days]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_fm15_data_bytes_tokenizer_code_and_libraries_change_the_key(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.data.template import apply_system, encode_prompt, load_template
+from finetune.data.template import apply_system, encode_prompt, load_template, print_date
 from finetune.errors import DataError
-from tests.data.conftest import prepare
+from tests.data.conftest import chat, prepare, print_today
 
 # tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
 ALPACA_INPUT = (
@@ -153,3 +154,25 @@ def test_a_rows_own_system_prompt_wins() -> None:
     row = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "x"}]
     assert apply_system(row, "Default.", True) == row
     assert apply_system(row, "Default.", False) == [{"role": "user", "content": "Mine.\n\nx"}]
+
+
+def test_a_printed_date_is_the_recipes(tokenizer_of: Tokenizers, section: Sections) -> None:
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = own = print_today(tokenizer.chat_template)
+    data = section([chat("hello", "hi")], date="2024-07-26")
+    prepared, template = prepare(tokenizer, data)
+    prompt = encode_prompt(tokenizer, template, [{"role": "user", "content": "hello"}])
+    assert template.date == datetime.date(2024, 7, 26) and tokenizer.chat_template == own
+    assert tokenizer.decode(prompt).startswith("<|begin_of_text|>26 Jul 2024<|start_header_id|>")
+    assert prepared.train[0][0][: len(prompt)].tolist() == prompt
+    today = load_template(tokenizer, section([]))
+    assert f"{today.date:%d %b %Y}" in today.source
+    assert load_template(tokenizer_of("llama3"), data).date is None
+
+
+def test_a_date_in_a_computed_format_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    day = datetime.date(2024, 7, 26)
+    assert print_date("{{ strftime_now( \"%Y\" ) ~ strftime_now('%H:%M') }}", day) == '{{ "2024" ~ "00:00" }}'
+    assert "computes" not in capsys.readouterr().err
+    assert print_date("{{ strftime_now(how) }}", day) == "{{ strftime_now(how) }}"
+    assert "in a format that it computes" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from finetune.cli import main
 from finetune.export.targets import TARGETS
 from finetune.files import sha256_file
-from finetune.recipe.load import dump_recipe
+from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from tests.export.test_gguf import write_adapter
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl
@@ -78,6 +78,15 @@ def test_ollama(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (folder / "Modelfile").read_text()
     assert "<|im_start|>user\n{{ .Content }}<|im_end|>" in text and 'PARAMETER stop "<|im_end|>"' in text
     assert f"ollama create tiny -f {folder}/Modelfile && ollama run tiny" in capsys.readouterr().out
+
+
+def test_ollama_gets_the_date_of_the_run(run: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml", ["data.date=2024-07-26"])
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    template = run / "merged" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    assert main(["export", str(run), "--to", "ollama"]) == 0
+    assert "26 Jul 2024" in (run / "export" / "tiny-ollama" / "Modelfile").read_text()
 
 
 def test_servers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

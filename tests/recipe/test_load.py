@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def test_dump_keeps_text_that_looks_like_something_else(tmp_path: Path, text: st
     loaded = load_recipe(write(tmp_path, MINIMAL))
     named = loaded.model_copy(update={"data": loaded.data.model_copy(update={"system": text})})
     assert load_recipe(write(tmp_path, dump_recipe(named))).data.system == text
+
+
+@pytest.mark.parametrize("value", ["2026-01-02", "'2026-01-02'"])
+def test_a_date_reads_back_equal(tmp_path: Path, value: str) -> None:
+    loaded = load_recipe(write(tmp_path, MINIMAL), [f"data.date={value}"])
+    assert loaded.data.date == datetime.date(2026, 1, 2)
+    assert load_recipe(write(tmp_path, dump_recipe(loaded))) == loaded
+
+
+@pytest.mark.parametrize("value", ["2026-13-01", "tomorrow", "2026"])
+def test_what_is_no_date_is_named(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RecipeError, match=r"data.date=.*: got .*; accepts a date \(YYYY-MM-DD\), or null"):
+        load_recipe(write(tmp_path, MINIMAL), [f"data.date={value}"])
 
 
 # --- Paths

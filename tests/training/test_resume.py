@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from finetune.data import template
+from finetune.inference.load import load_run
 from finetune.models.adapters import WEIGHTS_NAME
+from finetune.recipe.load import load_recipe
 from finetune.training.metrics import read_metrics
 from finetune.training.resume import changed_keys
-from tests.tiny import alpaca_rows, write_jsonl
+from tests.tiny import CHATML, alpaca_rows, write_jsonl, write_model
 from tests.training.conftest import RunTiny
 from tests.training.test_checkpoint import EVERY_STEP, interrupt_after
 
@@ -72,8 +77,6 @@ def test_changed_data_is_refused(run_tiny: RunTiny, tmp_path: Path, capsys: pyte
 def test_a_base_that_changed_under_its_name_is_refused(
     run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.tiny import write_model
-
     model = {"name": str(write_model(tmp_path / "own", "llama"))}
     run = run_tiny(checkpoint=EVERY_STEP, model=model)
     interrupt_after(run, 2)
@@ -147,3 +150,35 @@ def test_keys_of_another_version_are_no_change() -> None:
     make: Callable[[str], str] = "a:\n  b: 1\n{}".format
     assert changed_keys(make(""), make("c: 5\n")) == []
     assert changed_keys("a: [1, 2]\n", "a: [1]\n") == ["a.1: removed"]
+
+
+def test_a_run_keeps_the_date_that_its_template_prints(
+    run_tiny: RunTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Day(datetime.date):
+        day_of_month = 1
+
+        @classmethod
+        def today(cls) -> datetime.date:  # type: ignore[override]
+            return datetime.date(2026, 1, cls.day_of_month)
+
+    monkeypatch.setattr(template, "datetime", SimpleNamespace(**{**vars(datetime), "date": Day}))
+    dated = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
+    sections = {
+        "checkpoint": EVERY_STEP,
+        "model": {"name": str(write_model(tmp_path / "own", "llama", template=dated))},
+    }
+    run = run_tiny(**sections)
+    want = (run.adapter / WEIGHTS_NAME).read_bytes()
+    interrupt_after(run, 2)
+    Day.day_of_month = 2
+    run_tiny(**sections)
+    assert (run.adapter / WEIGHTS_NAME).read_bytes() == want
+    assert load_recipe(run.recipe).data.date == datetime.date(2026, 1, 1)
+    assert '"2026-01-01"' in load_run(run.root).template.source
+    capsys.readouterr()
+    run_tiny(expect=2, data={"date": "2026-01-03"}, **sections)
+    assert "data.date: 2026-01-01 -> 2026-01-03" in capsys.readouterr().err
+    run_tiny(arguments=("--fresh",), **sections)
+    assert load_recipe(run.recipe).data.date == datetime.date(2026, 1, 2)
+    assert load_recipe(run_tiny(name="undated").recipe).data.date is None
