@@ -216,11 +216,7 @@ def _first_rows(section: SourceSection, where: str) -> tuple[Source, list[RawRow
 
 
 def _recognize(section: SourceSection, rows: list[RawRow], source: Source) -> str:
-    found = columns_of(rows)
-    if not found:
-        first = source.origin(rows[0].file, rows[0].number)
-        raise DataError(f"{source.where}.path: none of the first {len(rows)} rows is an object (see {first}).")
-    return recognize_format(section.format, section.columns, found, source.where)
+    return recognize_format(section.format, section.columns, columns_of(source, rows), source.where)
 
 
 def _encoder(

@@ -36,7 +36,8 @@ class RawRow(NamedTuple):
     """Index into the source's files."""
     number: int
     """Line (jsonl, csv) or row (json, parquet, hub), from 1."""
-    payload: bytes | Mapping[str, Any]
+    payload: bytes | Mapping[str, Any] | RowError
+    """A JSON line, an object, or why the file's reader can make nothing of the row."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,12 @@ def open_source(section: SourceSection, where: str) -> Source:
     return Source(where, names, digest.hexdigest(), hint, rows)
 
 
-def columns_of(rows: list[RawRow]) -> list[str]:
-    """The columns that occur in `rows`, in order of appearance."""
+def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
+    """The columns that occur in `rows`, in order of appearance.
+
+    Raises:
+        DataError: no row is an object.
+    """
     found: dict[str, None] = {}
     for row in rows:
         try:
@@ -95,6 +100,11 @@ def columns_of(rows: list[RawRow]) -> list[str]:
             continue
         if isinstance(value, Mapping):
             found.update(dict.fromkeys(str(key) for key in value))
+    if not found:
+        first = rows[0].payload
+        why = f": {first}" if isinstance(first, RowError) else ""
+        origin = source.origin(rows[0].file, rows[0].number)
+        raise DataError(f"{source.where}.path: none of the first {len(rows)} rows is an object (see {origin}{why}).")
     return list(found)
 
 
@@ -151,7 +161,7 @@ def _hash_file(file: Path, digest: Any, where: str) -> int:
     return lines + (last != b"\n")
 
 
-Numbered = Iterator[tuple[int, bytes | Mapping[str, Any]]]
+Numbered = Iterator[tuple[int, bytes | Mapping[str, Any] | RowError]]
 
 
 def _read_jsonl(file: Path) -> Numbered:
@@ -187,13 +197,18 @@ def _read_csv(file: Path) -> Numbered:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     before = 1
     try:
+        header = reader.fieldnames or ()
         for row in reader:
-            row.pop(None, None)  # cells beyond the header have no column
-            yield before + 1, row
+            surplus: Any = row.pop(None, [])  # cells beyond the header; columns that a short row lacks are None
+            yield before + 1, _surplus_cells(len(header), surplus) if any(map(str.strip, surplus)) else row
             before = reader.line_num
     except csv.Error as error:
         hint = "; a quote is never closed" if "unexpected end" in str(error) else ""
         raise DataError(f"{file}:{before + 1} is not valid CSV: {error}{hint}.") from error
+
+
+def _surplus_cells(header: int, surplus: list[str]) -> RowError:
+    return RowError(f"the row has {header + len(surplus)} cells, the header {header}: a comma without quotes?")
 
 
 def _read_parquet(file: Path) -> Numbered:

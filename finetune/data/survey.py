@@ -70,7 +70,7 @@ def survey_source(section: SourceSection, where: str, count_tokens: Callable[[li
     rows = list(islice(stream, _LOOKED_AT))
     if not rows:
         raise DataError(f"{where}: {section.path} holds no rows.")
-    found = columns_of(rows)
+    found = columns_of(source, rows)
     columns = guess_columns(rows, found)
     format_name = recognize_format("auto", columns, found, where)
     lengths, bad = [], []

@@ -68,6 +68,18 @@ def test_fm29_rejected_rows_are_left_out_and_listed(
     assert any("dropped: malformed 1" in line for line in prepared.ledger.summary_lines())
 
 
+def test_fm29_csv_cells_that_no_column_holds(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("instruction,output\na,b\nSay hi, please,Hello there\nshort\n")
+    data = section(source={"path": str(tmp_path / "rows.csv")})
+    with pytest.raises(DataError, match=r"2 of 3 rows(?s:.)*rows.csv:3: the row has 3 cells, .*without quotes\?"):
+        prepare(tokenizer_of("llama3"), data)
+    prepared, _ = prepare(tokenizer_of("llama3"), data.model_copy(update={"max_rejected_share": 0.7}))
+    assert origins(prepared.train) == [2]
+    assert prepared.ledger.sources[0].dropped == {"malformed": 2}
+    assert [row.origin.rsplit(":")[-1] for row in prepared.ledger.rejected] == ["3", "4"]
+    assert "column 'output' holds null (or is missing)" in prepared.ledger.rejected[1].reason
+
+
 def test_fm29_a_row_that_the_template_refuses(tokenizer_of: Tokenizers, section: Sections) -> None:
     row = {"messages": [{"role": "user", "content": "a"}, *chat("b", "c")["messages"]]}
     with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses .* must alternate"):
