@@ -165,7 +165,7 @@ def _open(
 ) -> Opened:
     source, first = _first_rows(section, where)
     encoder = _encoder(section, data, tokenizer, template, _recognize(section, first, source))
-    key = cache_key(key_parts(source, section, data, tokenizer, template))
+    key = cache_key(key_parts(source, section, data, tokenizer, template, encoder.format))
     store = open_store(key)
     cache = "found"
     if store is None:
@@ -194,6 +194,7 @@ def key_parts(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
+    format_name: str,
 ) -> dict[str, object]:
     """Everything of the recipe, the data and the tokenizer that shapes the samples of one source."""
     return {
@@ -203,7 +204,12 @@ def key_parts(
         "bos_habit": bos_habit(tokenizer),
         "template": [template.source, template.tail, template.terminator, template.system_role],
         "section": data.model_dump(mode="json", exclude=_NOT_IN_KEY),
-        "source": {"format": section.format, "columns": section.columns, "max_rows": section.max_rows},
+        "source": {
+            "reader": source.kind,
+            "format": format_name,
+            "columns": section.columns,
+            "max_rows": section.max_rows,
+        },
     }
 
 

@@ -46,6 +46,8 @@ class Source:
 
     where: str
     """The recipe's key, for messages: `data.sources[0]`."""
+    kind: str
+    """What reads it: its files' suffix, or `hub`. Other readers make other rows of equal bytes."""
     names: tuple[str, ...]
     """Paths of the files as users know them; a hub data set is one name."""
     digest: str
@@ -73,7 +75,8 @@ def open_source(section: SourceSection, where: str) -> Source:
     digest, hint = hashlib.sha256(), 0
     for file in files:
         hint += _hash_file(file, digest, where)
-    reader = READERS[files[0].suffix.lower()]
+    kind = files[0].suffix.lower()
+    reader = READERS[kind]
 
     def rows() -> Iterator[RawRow]:
         for index, file in enumerate(files):
@@ -83,7 +86,7 @@ def open_source(section: SourceSection, where: str) -> Source:
             except OSError as error:
                 raise DataError(f"{where}.path: {file} cannot be read: {error.strerror or error}.") from error
 
-    return Source(where, names, digest.hexdigest(), hint, rows)
+    return Source(where, kind, names, digest.hexdigest(), hint, rows)
 
 
 def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
@@ -266,7 +269,7 @@ def _open_hub(section: SourceSection, where: str) -> Source:
             for offset in range(len(next(iter(batch.values()), []))):
                 yield RawRow(0, start + offset + 1, {key: values[offset] for key, values in batch.items()})
 
-    return Source(where, (section.path,), _hash_hub(table, section, where), len(table), rows)
+    return Source(where, "hub", (section.path,), _hash_hub(table, section, where), len(table), rows)
 
 
 def _hash_hub(table: Any, section: SourceSection, where: str) -> str:

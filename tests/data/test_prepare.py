@@ -15,8 +15,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.data import cache, workers
+from finetune.data.formats import recognize_format
 from finetune.data.prepare import key_parts, prepare_data, prepare_rows, prepare_validation_rows
-from finetune.data.sources import open_source
+from finetune.data.sources import columns_of, open_source
 from finetune.data.template import encode_prompt, load_template
 from finetune.errors import DataError, FinetuneError
 from finetune.recipe.schema import DataSection
@@ -187,7 +188,7 @@ CHANGES: dict[str, Any] = {
     "train_on": {"train_on": "last_assistant"},
     "max_seq_len": {"max_seq_len": 512},
     "over_length": {"over_length": "truncate"},
-    "format": {"source": {"format": "prompt_completion"}},
+    "format": {"source": {"format": "text"}},
     "max_rows": {"source": {"max_rows": 2}},
     "columns": {"source": {"columns": {"prompt": "completion"}}},
     "template": {"template": "chatml"},
@@ -196,21 +197,32 @@ CHANGES: dict[str, Any] = {
 
 def key_of(tokenizer: Any, data: DataSection) -> str:
     template = load_template(tokenizer, data)
-    source = open_source(data.sources[0], "here")
-    return cache.cache_key(key_parts(source, data.sources[0], data, tokenizer, template))
+    section = data.sources[0]
+    source = open_source(section, "here")
+    found = columns_of(source, list(source.rows()))
+    format_name = recognize_format(section.format, section.columns, found, "here")
+    return cache.cache_key(key_parts(source, section, data, tokenizer, template, format_name))
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_fm15_each_key_that_shapes_samples_changes_the_key(
     change: str, tokenizer_of: Tokenizers, section: Sections
 ) -> None:
-    rows = many(3)
+    rows = [{**row, "text": "of another format"} for row in many(3)]
     assert key_of(tokenizer_of("llama3"), section(rows)) != key_of(
         tokenizer_of("llama3"), section(rows, **CHANGES[change])
     )
 
 
-@pytest.mark.parametrize("keys", [{"num_workers": 1}, {"packing": "none"}, {"max_rejected_share": 0.5}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_workers": 1},
+        {"packing": "none"},
+        {"max_rejected_share": 0.5},
+        {"source": {"format": "prompt_completion"}},
+    ],
+)
 def test_what_shapes_no_sample_keeps_the_key(keys: dict[str, Any], tokenizer_of: Tokenizers, section: Sections) -> None:
     rows = many(3)
     assert key_of(tokenizer_of("llama3"), section(rows)) == key_of(tokenizer_of("llama3"), section(rows, **keys))
@@ -256,6 +268,15 @@ def test_fm15_changed_bytes_give_changed_samples(tokenizer_of: Tokenizers, secti
     second, _ = prepare(tokenizer_of("llama3"), section(many(2)))
     assert (len(first.train), len(second.train)) == (3, 2)
     assert first.train.fingerprint != second.train.fingerprint
+
+
+def test_fm15_equal_bytes_under_another_suffix(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    lines = [{"text": "one"}, {"text": "two"}]
+    document, _ = prepare(tokenizer_of("llama3"), section(lines, name="train.txt"))
+    (tmp_path / "train.txt").rename(tmp_path / "train.jsonl")
+    rows, _ = prepare(tokenizer_of("llama3"), section(name="train.jsonl"))
+    assert (len(document.train), len(rows.train)) == (1, 2)
+    assert rows.ledger.sources[0].cache == "made"
 
 
 def test_the_second_time_comes_from_the_cache(
