@@ -145,12 +145,13 @@ def prepare_validation_rows(
     validation = prepare_data(data, tokenizer, template, seed=seed).validation
     if validation is None:
         return []
-    wanted = {validation.origin(index) for index in range(len(validation))}
+    held_out = {validation.row(index) for index in range(len(validation))}
     found: list[Row] = []
     for index, section in enumerate(data.sources):
         opened, rows = _first_rows(section, f"data.sources[{index}]")
         encoder = _encoder(section, data, tokenizer, template, _recognize(section, rows, opened))
-        found.extend(row for row in _rows(opened, encoder, section, data) if row.origin in wanted)
+        wanted = {(file, number) for place, file, number in held_out if place == index}
+        found.extend(_rows(opened, encoder, section, data, wanted))
     return found[:max_rows]
 
 
@@ -172,7 +173,7 @@ def _open(
         cache = "made"
         chunks = _encode(source, section, encoder, data.num_workers)
         store = write_store(key, chunks, vocab_size=len(tokenizer), extra={"format": encoder.format})
-    account = _account(section, store, where, role, encoder.format, cache)
+    account = _account(source, section, store, role, encoder.format, cache)
     rejected = [RejectedRow(source.origin(row.file, row.number), row.kind, row.reason) for row in store.rejected]
     ledger.sources.append(account)
     ledger.rejected.extend(rejected)
@@ -184,7 +185,7 @@ def _open(
         max_rejected_share=data.max_rejected_share,
         max_over_length_share=data.max_over_length_share,
     )
-    say(f"{section.path}: {account.rows_kept:,} rows, format {account.format}, cache {cache}")
+    say(f"{source.title}: {account.rows_kept:,} rows, format {account.format}, cache {cache}")
     return Opened(source, store, account)
 
 
@@ -253,21 +254,23 @@ def _encoder(
 
 def _encode(source: Source, section: SourceSection, encoder: Encoder, num_workers: int | None) -> Iterator[Chunk]:
     total = min(source.num_rows_hint, section.max_rows or source.num_rows_hint)
-    say(f"{section.path}: format {encoder.format}" + (" (told from its columns)" if section.format == "auto" else ""))
-    with progress_bar(f"tokenizing {section.path}", total) as bar:
+    say(f"{source.title}: format {encoder.format}" + (" (told from its columns)" if section.format == "auto" else ""))
+    with progress_bar(f"tokenizing {source.title}", total) as bar:
         for chunk in encode_stream(encoder, islice(source.rows(), section.max_rows), num_workers):
             bar.advance(chunk.counts["rows_read"])
             yield chunk
 
 
-def _account(section: SourceSection, store: Store, where: str, role: str, format_name: str, cache: str) -> SourceLedger:
+def _account(
+    source: Source, section: SourceSection, store: Store, role: str, format_name: str, cache: str
+) -> SourceLedger:
     meta = store.meta
     counts = meta["counts"]
     prefix = "dropped "
     total, supervised = meta["num_tokens"], meta["num_supervised"]
     return SourceLedger(
-        where=where,
-        path=section.path,
+        where=source.where,
+        path=source.title,
         role=role,
         format=format_name,
         rows_read=counts.get("rows_read", 0),
@@ -310,13 +313,24 @@ def _count(ledger: Ledger, train: TokenDataset, validation: TokenDataset | None)
         ledger.validation_supervised_tokens = int(validation.num_supervised.sum(dtype=np.int64))
 
 
-def _rows(source: Source, encoder: Encoder, section: SourceSection, data: DataSection) -> Iterator[Row]:
-    """Prompts and answers of a source; malformed rows count against `data.max_rejected_share`."""
+def _rows(
+    source: Source,
+    encoder: Encoder,
+    section: SourceSection,
+    data: DataSection,
+    wanted: set[tuple[int, int]] | None = None,
+) -> Iterator[Row]:
+    """Prompts and answers of a source, or of its rows `wanted` by file and number.
+
+    Rows that cannot be used count against `data.max_rejected_share`.
+    """
     if encoder.format == "text":
         return
     total = num_bad = 0
     first_bad = ""
     for raw in islice(source.rows(), section.max_rows):
+        if wanted is not None and (raw.file, raw.number) not in wanted:
+            continue
         total += 1
         origin = source.origin(raw.file, raw.number)
         try:

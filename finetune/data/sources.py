@@ -46,6 +46,8 @@ class Source:
 
     where: str
     """The recipe's key, for messages: `data.sources[0]`."""
+    title: str
+    """What messages call it: the recipe's path; a hub data set with its configuration and split."""
     kind: str
     """What reads it: its files' suffix, or `hub`. Other readers make other rows of equal bytes."""
     names: tuple[str, ...]
@@ -86,7 +88,7 @@ def open_source(section: SourceSection, where: str) -> Source:
             except OSError as error:
                 raise DataError(f"{where}.path: {file} cannot be read: {error.strerror or error}.") from error
 
-    return Source(where, kind, names, digest.hexdigest(), hint, rows)
+    return Source(where, section.path, kind, names, digest.hexdigest(), hint, rows)
 
 
 def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
@@ -250,9 +252,10 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
 def _open_hub(section: SourceSection, where: str) -> Source:
     import datasets
 
+    title = _hub_title(section)
     if not console.is_terminal or not is_rank_zero():
         datasets.disable_progress_bars()
-    say(f"loading the hub data set {section.path}")
+    say(f"loading the hub data set {title}")
     try:
         table = datasets.load_dataset(section.path, name=section.name, split=section.split, revision=section.revision)
     except Exception as error:  # the hub, the network, a builder: datasets wraps them in many types
@@ -269,7 +272,13 @@ def _open_hub(section: SourceSection, where: str) -> Source:
             for offset in range(len(next(iter(batch.values()), []))):
                 yield RawRow(0, start + offset + 1, {key: values[offset] for key, values in batch.items()})
 
-    return Source(where, "hub", (section.path,), _hash_hub(table, section, where), len(table), rows)
+    return Source(where, title, "hub", (title,), _hash_hub(table, section, where), len(table), rows)
+
+
+def _hub_title(section: SourceSection) -> str:
+    """`org/name[configuration, split]`: origins of two splits of one data set differ."""
+    revision = f"@{section.revision}" if section.revision else ""
+    return f"{section.path}{revision}[{', '.join(filter(None, (section.name, section.split)))}]"
 
 
 def _hash_hub(table: Any, section: SourceSection, where: str) -> str:

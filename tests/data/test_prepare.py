@@ -183,6 +183,21 @@ def test_validation_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections
     assert [row.origin for row in rows] == [prepared.validation.origin(i) for i in range(4)]
 
 
+def test_validation_rows_of_two_sources_in_one_file(
+    tokenizer_of: Tokenizers, section: Sections, tmp_path: Path
+) -> None:
+    section([{"q": f"q {n}", "a": f"a{n}.", "b": f"b{n}."} for n in range(10)])
+    path = str(tmp_path / "rows.jsonl")
+    sources = [{"path": path, "columns": {"prompt": "q", "completion": column}} for column in ("a", "b")]
+    data = DataSection.model_validate({"sources": sources, "validation": {"size": 6.0}})
+    tokenizer = tokenizer_of("llama3")
+    prepared, template = prepare(tokenizer, data)
+    rows = prepare_validation_rows(data, tokenizer, template, seed=0)
+    assert len(rows) == len(prepared.validation) == 6
+    trained = [tokenizer.decode(prepared.train[index][0]) for index in range(14)]
+    assert not [row for row in rows if any(row.expected in text for text in trained)]
+
+
 CHANGES: dict[str, Any] = {
     "system": {"system": "Be kind."},
     "train_on": {"train_on": "last_assistant"},

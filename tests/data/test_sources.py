@@ -141,7 +141,10 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     table = datasets.Dataset.from_list(ROWS)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     values, origins = read("org/name")
-    assert values == ROWS and origins == ["org/name:1", "org/name:2"]
+    assert values == ROWS and origins == ["org/name[train]:1", "org/name[train]:2"]
+    other = SourceSection(path="org/name", name="main", split="test", revision="v1")
+    source = open_source(other, "here")
+    assert source.title == "org/name@v1[main, test]" and source.origin(0, 7) == "org/name@v1[main, test]:7"
 
 
 def test_columns_are_the_union(tmp_path: Path) -> None:
