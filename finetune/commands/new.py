@@ -211,7 +211,8 @@ def _token_counter(source: SourceSection, model: _Model) -> Callable[[list[dict[
 
 def _say_survey(path: str, survey: Survey) -> None:
     renamed = "".join(f", {field} from {column}" for field, column in survey.columns.items())
-    say(f"{path}: {survey.num_rows:,} rows, format {survey.format}{renamed}")
+    unused = f"; not used: {', '.join(survey.unused)}" if survey.unused else ""
+    say(f"{path}: {survey.num_rows:,} rows, format {survey.format}{renamed}{unused}")
     say("tokens of a row: " + ", ".join(f"{name} {value:,}" for name, value in survey.lengths.items()))
     if survey.num_bad:
         warn(f"{survey.num_bad:,} of {survey.num_looked_at:,} rows cannot be used; the first: {survey.first_bad}")

@@ -23,7 +23,7 @@ from finetune.data.ledger import (
 )
 from finetune.data.masking import MALFORMED, Chunk, Encoder, special_tokens_of
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
-from finetune.data.sources import RawRow, Source, columns_of, open_source
+from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
 from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit
 from finetune.data.workers import encode_stream
 from finetune.errors import DataError
@@ -171,7 +171,8 @@ def _open(
     cache = "found"
     if store is None:
         cache = "made"
-        chunks = _encode(source, section, encoder, data.num_workers)
+        unused = unused_columns(encoder.format, section.columns, columns_of(source, first))
+        chunks = _encode(source, section, encoder, unused, data.num_workers)
         store = write_store(key, chunks, vocab_size=len(tokenizer), extra={"format": encoder.format})
     account = _account(source, section, store, role, encoder.format, cache)
     rejected = [RejectedRow(source.origin(row.file, row.number), row.kind, row.reason) for row in store.rejected]
@@ -252,9 +253,13 @@ def _encoder(
     )
 
 
-def _encode(source: Source, section: SourceSection, encoder: Encoder, num_workers: int | None) -> Iterator[Chunk]:
+def _encode(
+    source: Source, section: SourceSection, encoder: Encoder, unused: list[str], num_workers: int | None
+) -> Iterator[Chunk]:
     total = min(source.num_rows_hint, section.max_rows or source.num_rows_hint)
-    say(f"{source.title}: format {encoder.format}" + (" (told from its columns)" if section.format == "auto" else ""))
+    notes = ["told from its columns"] if section.format == "auto" else []
+    notes += [f"not used: {', '.join(unused)}"] if unused else []
+    say(f"{source.title}: format {encoder.format}" + (f" ({'; '.join(notes)})" if notes else ""))
     with progress_bar(f"tokenizing {source.title}", total) as bar:
         for chunk in encode_stream(encoder, islice(source.rows(), section.max_rows), num_workers):
             bar.advance(chunk.counts["rows_read"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.console import console, say
-from finetune.data.formats import RowError, load_line
+from finetune.data.formats import FORMATS, RowError, load_line
 from finetune.distributed import is_rank_zero
 from finetune.errors import DataError, first_line
 
@@ -111,6 +111,13 @@ def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
         origin = source.origin(rows[0].file, rows[0].number)
         raise DataError(f"{source.where}.path: none of the first {len(rows)} rows is an object (see {origin}{why}).")
     return list(found)
+
+
+def unused_columns(format_name: str, columns: Mapping[str, str], found: list[str]) -> list[str]:
+    """Those of the columns `found` that no field of the format reads."""
+    shape = FORMATS[format_name]
+    read = {columns.get(field, field) for field in (*shape.required, *shape.optional)}
+    return [name for name in found if name and name not in read]
 
 
 def _find_files(path: str, where: str) -> list[Path] | None:

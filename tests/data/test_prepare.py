@@ -99,6 +99,13 @@ def test_no_answers_at_all(tokenizer_of: Tokenizers, section: Sections) -> None:
         prepare(tokenizer_of("llama3"), section([{"messages": [{"role": "user", "content": "x"}]}]))
 
 
+def test_columns_that_are_not_used_are_named(
+    tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(tokenizer_of("llama3"), section([{"id": 1, **row, "url": "x"} for row in many(2)]))
+    assert "format prompt_completion (told from its columns; not used: id, url)" in capsys.readouterr().err
+
+
 def test_max_rows_weights_and_several_sources(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
     section(many(10), name="a.jsonl")
     section([{"text": f"text {number}"} for number in range(6)], name="b.jsonl")
