@@ -24,7 +24,7 @@ from finetune.data.ledger import (
 from finetune.data.masking import MALFORMED, Chunk, Encoder, special_tokens_of
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
 from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
-from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit
+from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, render
 from finetune.data.workers import encode_stream
 from finetune.errors import DataError
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Rows that are looked at to tell the columns: a JSON line may leave optional ones out.
 _PEEKED_ROWS = 100
+
+_TEST_ROWS = "evaluation.source"
 
 # Keys of the data section that do not shape a source's samples. A new key does until it is listed here.
 _NOT_IN_KEY = {
@@ -114,7 +116,7 @@ def prepare_rows(
     template: ChatTemplate,
     *,
     max_rows: int | None = None,
-    where: str = "evaluation.source",
+    where: str = _TEST_ROWS,
 ) -> list[Row]:
     """Prompts and expected answers of a source, for task metrics; empty for plain text, which has no prompts.
 
@@ -123,7 +125,7 @@ def prepare_rows(
     """
     opened, rows = _first_rows(source, where)
     encoder = _encoder(source, data, tokenizer, template, _recognize(source, rows, opened))
-    return list(islice(_rows(opened, encoder, source, data), max_rows))
+    return _rows(opened, encoder, source, data, limit=max_rows)
 
 
 def prepare_validation_rows(
@@ -151,7 +153,7 @@ def prepare_validation_rows(
         opened, rows = _first_rows(section, f"data.sources[{index}]")
         encoder = _encoder(section, data, tokenizer, template, _recognize(section, rows, opened))
         wanted = {(file, number) for place, file, number in held_out if place == index}
-        found.extend(_rows(opened, encoder, section, data, wanted))
+        found.extend(_rows(opened, encoder, section, data, wanted=wanted))
     return found[:max_rows]
 
 
@@ -323,37 +325,44 @@ def _rows(
     encoder: Encoder,
     section: SourceSection,
     data: DataSection,
+    *,
     wanted: set[tuple[int, int]] | None = None,
-) -> Iterator[Row]:
-    """Prompts and answers of a source, or of its rows `wanted` by file and number.
+    limit: int | None = None,
+) -> list[Row]:
+    """Prompts and answers of a source, or of its rows `wanted` by file and number; at most `limit`.
 
-    Rows that cannot be used count against `data.max_rejected_share`.
+    Rows that cannot be used, or whose prompt the template refuses, count against `data.max_rejected_share`.
     """
-    if encoder.format == "text":
-        return
-    total = num_bad = 0
-    first_bad = ""
-    for raw in islice(source.rows(), section.max_rows):
+    found: list[Row] = []
+    bad: list[str] = []
+    num_rows = 0
+    for raw in islice(source.rows(), section.max_rows if encoder.format != "text" else 0):
+        if len(found) == limit or (bad and not data.max_rejected_share):
+            break
         if wanted is not None and (raw.file, raw.number) not in wanted:
             continue
-        total += 1
+        num_rows += 1
         origin = source.origin(raw.file, raw.number)
         try:
             messages = encoder.messages(raw)
-        except RowError as error:
-            num_bad += 1
-            first_bad = first_bad or f"{origin}: {error}"
-            if not data.max_rejected_share:
-                break
+            last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+            if last is None:
+                continue
+            render(encoder.source, encoder.special_tokens, messages[:last], add_generation_prompt=True)
+        except (RowError, DataError) as error:
+            bad.append(f"{origin}: {error}")
             continue
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-        if last is not None:
-            yield Row(messages[:last], str(messages[last]["content"]), origin)
-    if num_bad > data.max_rejected_share * total:
+        found.append(Row(messages[:last], str(messages[last]["content"]), origin))
+    # a few rows say nothing about the share in all of them
+    share = data.max_rejected_share if len(found) != limit else float(data.max_rejected_share > 0)
+    if len(bad) > share * num_rows:
         raise DataError(
-            f"{source.where}: {num_bad:,} of {total:,} rows cannot be used ({MALFORMED}), "
-            f"and data.max_rejected_share is {data.max_rejected_share}:\n  {first_bad}"
+            f"{source.where}: {len(bad):,} of {num_rows:,} rows cannot be used ({MALFORMED}), "
+            f"and data.max_rejected_share is {data.max_rejected_share}:\n  {bad[0]}"
         )
+    if bad and source.where == _TEST_ROWS:  # what became of others is in the ledger
+        warn(f"{source.title}: {len(bad):,} of {num_rows:,} rows cannot be used and are not measured: {bad[0]}")
+    return found
 
 
 __all__ = ["PreparedData", "Row", "prepare_data", "prepare_rows", "prepare_validation_rows"]

@@ -182,6 +182,23 @@ def test_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections) -> None:
     assert ids[: int(np.argmax(mask))].tolist() == encode_prompt(tokenizer, template, rows[1].messages)
 
 
+def test_fm29_rows_for_metrics_that_the_template_refuses(
+    tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tokenizer_of("gemma")
+    refused = {"messages": [{"role": "user", "content": "a"}, *chat("b", "c")["messages"]]}
+    data = section([refused, chat("a", "b")])
+    template = load_template(tokenizer, data)
+    with pytest.raises(DataError, match=r"1 of 1 rows cannot(?s:.)*rows\.jsonl:1: the chat template refuses"):
+        prepare_rows(data.sources[0], data, tokenizer, template)
+    data = data.model_copy(update={"max_rejected_share": 0.5})
+    rows = prepare_rows(data.sources[0], data, tokenizer, template, max_rows=1)
+    assert [row.expected for row in rows] == ["b"]
+    assert "1 of 2 rows cannot be used and are not measured: " in capsys.readouterr().err
+    with pytest.raises(DataError, match="1 of 2 rows cannot"):
+        prepare_rows(data.sources[0], data.model_copy(update={"max_rejected_share": 0.4}), tokenizer, template)
+
+
 def test_validation_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections) -> None:
     tokenizer = tokenizer_of("llama3")
     data = section(many(20), validation={"size": 4.0})
