@@ -68,6 +68,15 @@ class TokenDataset:
         file, number = store.origins[store.row_of_sample[sample]].tolist()
         return place, file, number
 
+    def row_hashes(self) -> np.ndarray:
+        """uint64: the content of every row that samples are of, once for each part that has it."""
+        found = [np.zeros(0, np.uint64)]
+        for part in self._parts:
+            used = np.zeros(len(part.store.hashes), dtype=bool)
+            used[part.store.row_of_sample[part.samples]] = True
+            found.append(part.store.hashes[used])
+        return np.concatenate(found)
+
     def _locate(self, index: int) -> tuple[int, int]:
         """The index of the part, and of the sample in its store."""
         if not -len(self) <= index < len(self):

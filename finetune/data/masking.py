@@ -147,7 +147,7 @@ class Encoder:
             RowError: the row or what the template makes of it cannot be used.
         """
         messages = self.messages(raw)
-        pending = Pending(raw, _digest(messages))
+        pending = Pending(raw, digest_of(messages))
         if self.format == "text":
             pending.text, pending.is_plain = messages[0]["content"], True
             return pending
@@ -375,7 +375,8 @@ def _split(tokens: np.ndarray, mask: np.ndarray, limit: int) -> list[tuple[np.nd
     return pieces
 
 
-def _digest(messages: list[Message]) -> int:
+def digest_of(messages: list[Message]) -> int:
+    """64 bits of a hash of a row's messages: rows of equal content are equal rows."""
     text = json.dumps(messages, ensure_ascii=True, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

@@ -21,7 +21,7 @@ from finetune.data.ledger import (
     check_no_over_length,
     check_source,
 )
-from finetune.data.masking import MALFORMED, Chunk, Encoder, special_tokens_of
+from finetune.data.masking import MALFORMED, Chunk, Encoder, digest_of, special_tokens_of
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
 from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
 from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, render
@@ -69,6 +69,8 @@ class Row:
     expected: str
     """The text of the last assistant turn."""
     origin: str
+    digest: int = 0
+    """The content of the whole row, as a data set's `row_hashes` has it."""
 
 
 def prepare_data(
@@ -352,7 +354,7 @@ def _rows(
         except (RowError, DataError) as error:
             bad.append(f"{origin}: {error}")
             continue
-        found.append(Row(messages[:last], str(messages[last]["content"]), origin))
+        found.append(Row(messages[:last], str(messages[last]["content"]), origin, digest_of(messages)))
     # a few rows say nothing about the share in all of them
     share = data.max_rejected_share if len(found) != limit else float(data.max_rejected_share > 0)
     if len(bad) > share * num_rows:
