@@ -151,7 +151,8 @@ def check_source(
             f"{source.where}: {over:,} of {source.rows_read:,} rows ({over / source.rows_read:.1%}) are "
             f"longer than data.max_seq_len, and data.max_over_length_share is {max_over_length_share}. "
             f"Lengths in tokens: {_join(source.lengths)}. "
-            "Raise data.max_seq_len, or data.max_over_length_share to go on without them."
+            "Raise data.max_seq_len, or data.max_over_length_share to go on "
+            f"{'with them cut' if source.rows_truncated else 'without them'}."
         )
 
 

@@ -73,6 +73,8 @@ class Survey:
     """Where the first of them is, and why; empty where there is none."""
     lengths: dict[str, int]
     """Tokens of a row: p50, p95, p99 and max."""
+    all_lengths: list[int]
+    """Tokens of every row looked at that can be used."""
 
 
 def survey_source(section: SourceSection, where: str, count_tokens: Callable[[list[Message]], int]) -> Survey:
@@ -89,7 +91,8 @@ def survey_source(section: SourceSection, where: str, count_tokens: Callable[[li
     found = columns_of(source, rows)
     columns = guess_columns(rows, found)
     format_name = recognize_format("auto", columns, found, where)
-    lengths, bad = [], []
+    lengths: list[int] = []
+    bad: list[str] = []
     for row in rows:
         try:
             lengths.append(count_tokens(parse_row(row.payload, FORMATS[format_name], columns)))
@@ -107,6 +110,7 @@ def survey_source(section: SourceSection, where: str, count_tokens: Callable[[li
         num_bad=len(bad),
         first_bad=bad[0] if bad else "",
         lengths=dict(zip(("p50", "p95", "p99", "max"), points.tolist(), strict=True)),
+        all_lengths=lengths,
     )
 
 

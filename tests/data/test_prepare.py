@@ -106,6 +106,12 @@ def test_columns_that_are_not_used_are_named(
     assert "format prompt_completion (told from its columns; not used: id, url)" in capsys.readouterr().err
 
 
+def test_too_many_rows_that_are_cut(tokenizer_of: Tokenizers, section: Sections) -> None:
+    rows = [{"prompt": "q", "completion": "hello world " * 40}]
+    with pytest.raises(DataError, match=r"1 of 1 rows (?s:.)*to go on with them cut"):
+        prepare(tokenizer_of("llama3"), section(rows, max_seq_len=40, over_length="truncate"))
+
+
 def test_max_rows_weights_and_several_sources(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
     section(many(10), name="a.jsonl")
     section([{"text": f"text {number}"} for number in range(6)], name="b.jsonl")
