@@ -85,7 +85,7 @@ def _display() -> Iterator[Progress]:
         yield _shown[-1]
         return
     columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         _Rest(table_column=Column(no_wrap=True)),

@@ -24,15 +24,15 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_bars_within_bars_share_the_screen(terminal: io.StringIO) -> None:
     with console.progress_bar("training", 4, line=False) as outer:
         outer.update(2, "loss 0.5")
-        with console.progress_bar("validating", 3) as inner:
+        with console.progress_bar("tokenizing a[b]", 3) as inner:
             inner.advance(2)
-            assert [task.description for task in console._shown[-1].tasks] == ["training", "validating"]
+            assert [task.description for task in console._shown[-1].tasks] == ["training", "tokenizing a[b]"]
             console._shown[-1].refresh()
         assert [task.completed for task in console._shown[-1].tasks] == [2]
         assert outer.is_shown
     assert not console._shown
     text = terminal.getvalue()
-    assert "training" in text and "2/4" in text and "loss 0.5" in text and "validating" in text and "2/3" in text
+    assert "training" in text and "2/4" in text and "loss 0.5" in text and "tokenizing a[b]" in text and "2/3" in text
 
 
 def test_an_error_leaves_no_bar_behind(terminal: io.StringIO) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSection, ModelSection, SourceSection
 
 if TYPE_CHECKING:
+    from finetune.data.formats import Conversation
     from finetune.data.survey import Survey
 
 Answer = TypeVar("Answer")
@@ -179,15 +181,16 @@ def _look_at_data(text: str, model: _Model) -> tuple[str, Survey]:
     return text, survey_source(source, "--data", _token_counter(source, model))
 
 
-def _token_counter(source: SourceSection, model: _Model) -> Callable[[list[dict[str, Any]]], int]:
+def _token_counter(source: SourceSection, model: _Model) -> Callable[[Conversation], int]:
     """Tokens of a conversation as it will be trained; estimated from its characters without a tokenizer."""
     from finetune.data.survey import CHARACTERS_PER_TOKEN
     from finetune.data.template import apply_system, load_template, render
 
     tokenizer = model.tokenizer
 
-    def estimate(turns: list[dict[str, Any]]) -> int:
-        return sum(8 + len(str(turn["content"])) // CHARACTERS_PER_TOKEN for turn in turns)
+    def estimate(row: Conversation) -> int:
+        shown = len(json.dumps(row.tools)) // CHARACTERS_PER_TOKEN if row.tools else 0
+        return shown + sum(8 + len(str(turn["content"])) // CHARACTERS_PER_TOKEN for turn in row.messages)
 
     if tokenizer is None:
         return estimate
@@ -196,14 +199,16 @@ def _token_counter(source: SourceSection, model: _Model) -> Callable[[list[dict[
     template = load_template(tokenizer, DataSection(sources=[source], template=named))
     tokenizer.chat_template = own  # loading sets it
 
-    def count(turns: list[dict[str, Any]]) -> int:
-        if turns[0]["role"] == "text":
-            return len(tokenizer(turns[0]["content"]).input_ids)
-        turns = apply_system(turns, None, template.system_role)
+    special_tokens = dict(tokenizer.special_tokens_map)
+
+    def count(row: Conversation) -> int:
+        if row.messages[0]["role"] == "text":
+            return len(tokenizer(row.messages[0]["content"]).input_ids)
+        turns = apply_system(row.messages, None, template.system_role)
         try:
-            shown = render(template.source, dict(tokenizer.special_tokens_map), turns, add_generation_prompt=False)
+            shown = render(template.source, special_tokens, turns, row.tools, add_generation_prompt=False)
         except DataError:  # a row that the template refuses; training will name it
-            return estimate(turns)
+            return estimate(row)
         return len(tokenizer(shown, add_special_tokens=False).input_ids)
 
     return count
@@ -211,7 +216,8 @@ def _token_counter(source: SourceSection, model: _Model) -> Callable[[list[dict[
 
 def _say_survey(path: str, survey: Survey) -> None:
     renamed = "".join(f", {field} from {column}" for field, column in survey.columns.items())
-    say(f"{path}: {survey.num_rows:,} rows, format {survey.format}{renamed}")
+    unused = f"; not used: {', '.join(survey.unused)}" if survey.unused else ""
+    say(f"{path}: {survey.num_rows:,} rows, format {survey.format}{renamed}{unused}")
     say("tokens of a row: " + ", ".join(f"{name} {value:,}" for name, value in survey.lengths.items()))
     if survey.num_bad:
         warn(f"{survey.num_bad:,} of {survey.num_looked_at:,} rows cannot be used; the first: {survey.first_bad}")
@@ -275,7 +281,7 @@ def _choose(
     epochs, steps = length
     batch = min(16 if num_rows >= 800 else 8, num_rows)
     total = steps or max(1, math.ceil((epochs or 1) * num_rows / batch))
-    max_seq_len, over_length, why_length = _longest(survey, model, hardware)
+    max_seq_len, over_length, cut, why_length = _longest(survey, model, hardware)
     is_large = (model.num_parameters or 7e9) > 1e9
     template, why_template = _template(survey, model)
     bad = survey.num_bad / survey.num_looked_at
@@ -285,6 +291,7 @@ def _choose(
         "data.template": why_template,
         "data.max_seq_len": why_length,
         "data.max_rejected_share": f"some rows cannot be used, e.g. {survey.first_bad}",
+        "data.max_over_length_share": f"{cut:.0%} of the rows looked at are cut",
         "training.epochs": f"passes over {num_rows:,} rows: {total:,} steps",
         "training.max_steps": f"{total * batch / num_rows:.2g} passes over {num_rows:,} rows",
         "training.global_batch_size": "samples an optimizer step",
@@ -308,7 +315,8 @@ def _choose(
         max_seq_len=max_seq_len,
         over_length=over_length,
         validation_size=validation,
-        max_rejected_share=min(1.0, math.ceil(200 * bad) / 100) if bad else 0.0,
+        max_rejected_share=_allowed(bad, "max_rejected_share"),
+        max_over_length_share=_allowed(cut, "max_over_length_share"),
         epochs=epochs,
         steps=steps,
         global_batch_size=batch,
@@ -340,18 +348,25 @@ def _fit(num_parameters: float | None, hardware: _Hardware) -> tuple[str, str, s
     return quantization, "fsdp" if many > 1 else strategy, why
 
 
-def _longest(survey: Survey, model: _Model, hardware: _Hardware) -> tuple[int, str, str]:
-    """(max_seq_len, over_length, why)."""
+def _allowed(share: float, key: str) -> float:
+    """Twice a share of the rows looked at, for those that were not; 0 where the default allows for it."""
+    wanted = min(1.0, math.ceil(200 * share) / 100)
+    return wanted if wanted > DataSection.model_fields[key].default else 0.0
+
+
+def _longest(survey: Survey, model: _Model, hardware: _Hardware) -> tuple[int, str, float, str]:
+    """(max_seq_len, over_length, share of the rows that are cut, why)."""
     limit = min(model.context or 8192, 4096 if hardware.num_gpus else 1024)
     if survey.format == "text":
-        return min(1024, limit), "drop", "tokens of a sample; longer texts are split"
+        return min(1024, limit), "drop", 0.0, "tokens of a sample; longer texts are split"
     sure = 1.0 if model.tokenizer is not None else 1.3
     wanted = max(128, 64 * math.ceil(sure * survey.lengths["p99"] / 64))
     rows = f"the first {survey.num_looked_at:,} rows" if survey.num_rows > survey.num_looked_at else "the rows"
     spread = f"half of {rows} have up to {survey.lengths['p50']:,} tokens, 99 % up to {survey.lengths['p99']:,}"
     if wanted <= limit:
-        return wanted, "drop", spread
-    return limit, "truncate", f"{spread}; longer ones are cut"
+        return wanted, "drop", 0.0, spread
+    cut = sum(sure * length > limit for length in survey.all_lengths) / len(survey.all_lengths)
+    return limit, "truncate", cut, f"{spread}; longer ones are cut"
 
 
 def _template(survey: Survey, model: _Model) -> tuple[str, str]:

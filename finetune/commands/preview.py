@@ -90,7 +90,8 @@ def _rows(job: Job, first: int | None) -> Iterator[RowView]:
                 number += 1
                 wanted = first is not None and number >= first
                 if wanted or first is None:
-                    yield RowView(number, step + 1, packed_row(dataset, row, texts, pad_id) if wanted else [])
+                    segments = packed_row(dataset, row, texts, pad_id, job.packing.row_multiple) if wanted else []
+                    yield RowView(number, step + 1, segments)
             continue
         for batch in plan_batches(samples, dataset.lengths, job.packing, world_size=1)[0]:
             shown: list[list[Segment]] = [[] for _ in batch]

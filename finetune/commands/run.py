@@ -208,6 +208,20 @@ class _Measure:
 
         self._job, self._run_dir = job, run_dir
         self._rows, self._tokens = load_rows(job.recipe, job.tokenizer, job.template)
+        self._num_trained: int | None = None
+        if job.recipe.evaluation.source is not None:
+            self._compare(job)
+
+    def _compare(self, job: Job) -> None:
+        """Test rows that are trained on make the figures look better than they are."""
+        from finetune.evaluation.task import count_trained
+
+        count = self._num_trained = count_trained(self._rows, self._tokens, job.data.train)
+        if count:
+            warn(f"{count:,} test rows are also in the training data")
+            job.data.ledger.test_rows_in_train = count
+            if is_rank_zero():
+                job.data.ledger.write(self._run_dir)
 
     def before(self, module: FinetuneModule) -> None:
         """The bare base: a fresh adapter changes nothing."""
@@ -251,14 +265,18 @@ class _Measure:
                 metrics["perplexity"] = math.exp(min(mean_loss(module, steps, on_samples=bar.advance), 80.0))
         release_freed_memory()
         if module.global_rank == 0:
-            _record(self._run_dir, when, metrics, result)
+            _record(self._run_dir, when, metrics, result, self._num_trained)
 
 
-def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskResult | None) -> None:
+def _record(
+    run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskResult | None, num_trained: int | None
+) -> None:
     results = _read_results(run_dir)
     results[when] = {"metrics": metrics, "samples": [vars(sample) for sample in result.samples] if result else []}
     if result is not None:
         results[when] |= {"num_rows": result.num_rows, "num_cut": result.num_cut}
+    if num_trained is not None:
+        results[when]["test_rows_in_train"] = num_trained
     _write_results(run_dir, results)
 
 

@@ -51,19 +51,36 @@ class TokenDataset:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        part, sample = self._locate(index)
+        place, sample = self._locate(index)
+        part = self._parts[place]
         start, end = part.store.offsets[sample], part.store.offsets[sample + 1]
         return part.store.tokens[start:end].astype(np.int32), part.store.supervised[start:end].copy()
 
     def origin(self, index: int) -> str:
         """The row that sample `index` came from: `path/to/file.jsonl:12`."""
-        part, sample = self._locate(index)
-        file, number = part.store.origins[part.store.row_of_sample[sample]]
-        return f"{part.names[file]}:{number}"
+        place, file, number = self.row(index)
+        return f"{self._parts[place].names[file]}:{number}"
 
-    def _locate(self, index: int) -> tuple[Part, int]:
+    def row(self, index: int) -> tuple[int, int, int]:
+        """The row that sample `index` came from: its part, the file's index there, and its number."""
+        place, sample = self._locate(index)
+        store = self._parts[place].store
+        file, number = store.origins[store.row_of_sample[sample]].tolist()
+        return place, file, number
+
+    def row_hashes(self) -> np.ndarray:
+        """uint64: the content of every row that samples are of, once for each part that has it."""
+        found = [np.zeros(0, np.uint64)]
+        for part in self._parts:
+            used = np.zeros(len(part.store.hashes), dtype=bool)
+            used[part.store.row_of_sample[part.samples]] = True
+            found.append(part.store.hashes[used])
+        return np.concatenate(found)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The index of the part, and of the sample in its store."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[place], int(self._parts[place].samples[index - self._starts[place]])
+        return place, int(self._parts[place].samples[index - self._starts[place]])

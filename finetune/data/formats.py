@@ -290,22 +290,21 @@ def _check_fields(name: str, shape: Format, columns: Mapping[str, str], where: s
             raise DataError(f"{where}.columns: {name} has no field {field!r}; its fields: {', '.join(known)}.")
 
 
-def parse_conversation(payload: bytes | Mapping[str, Any], shape: Format, columns: Mapping[str, str]) -> Conversation:
-    """Messages and tools of one raw row, a JSON line or an object.
+def parse_conversation(
+    payload: bytes | Mapping[str, Any] | RowError, shape: Format, columns: Mapping[str, str]
+) -> Conversation:
+    """Messages and tools of one raw row, a JSON line or an object; a row that could not be read says why.
 
     Raises:
         RowError: the row cannot be used.
     """
+    if isinstance(payload, RowError):
+        raise payload
     row: Any = load_line(payload) if isinstance(payload, bytes) else payload
     if not isinstance(row, Mapping):
         raise RowError(f"the row is {describe(row)}; it must be an object with columns")
     fields = Fields(row, columns)
     return Conversation(shape.read(fields), fields.tools() if "tools" in shape.optional else None)
-
-
-def parse_row(payload: bytes | Mapping[str, Any], shape: Format, columns: Mapping[str, str]) -> list[Message]:
-    """The messages alone; see `parse_conversation`."""
-    return parse_conversation(payload, shape, columns).messages
 
 
 def load_line(line: bytes) -> Any:

@@ -72,6 +72,8 @@ class Ledger:
     """Rows of the training sources that repeat another one."""
     validation_rows_in_train: int = 0
     """Rows of a validation source that are also trained on; rows split off never are."""
+    test_rows_in_train: int = 0
+    """Rows of the evaluation's source that are also trained on."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the rejected rows, which have a file of their own."""
@@ -98,6 +100,8 @@ class Ledger:
             lines.append(f"{self.duplicate_rows:,} rows repeat another row")
         if self.validation_rows_in_train:
             lines.append(f"{self.validation_rows_in_train:,} validation rows are also in the training data")
+        if self.test_rows_in_train:
+            lines.append(f"{self.test_rows_in_train:,} test rows are also in the training data")
         return lines
 
 
@@ -147,7 +151,8 @@ def check_source(
             f"{source.where}: {over:,} of {source.rows_read:,} rows ({over / source.rows_read:.1%}) are "
             f"longer than data.max_seq_len, and data.max_over_length_share is {max_over_length_share}. "
             f"Lengths in tokens: {_join(source.lengths)}. "
-            "Raise data.max_seq_len, or data.max_over_length_share to go on without them."
+            "Raise data.max_seq_len, or data.max_over_length_share to go on "
+            f"{'with them cut' if source.rows_truncated else 'without them'}."
         )
 
 

@@ -151,7 +151,7 @@ class Encoder:
         """
         conversation = self.conversation(raw)
         messages, tools = conversation
-        pending = Pending(raw, _digest(conversation))
+        pending = Pending(raw, digest_of(conversation))
         counts["rows_of_hidden_tools"] += bool(tools) and not re.search(r"\btools\b", self.source)
         if self.format == "text":
             pending.text, pending.is_plain = messages[0]["content"], True
@@ -388,7 +388,8 @@ def _split(tokens: np.ndarray, mask: np.ndarray, limit: int) -> list[tuple[np.nd
     return pieces
 
 
-def _digest(row: Conversation) -> int:
+def digest_of(row: Conversation) -> int:
+    """64 bits of a hash of a row's messages, and tools if it has any: rows of equal content are equal rows."""
     content = row if row.tools else row.messages
     text = json.dumps(content, ensure_ascii=True, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

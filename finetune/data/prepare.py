@@ -21,10 +21,10 @@ from finetune.data.ledger import (
     check_no_over_length,
     check_source,
 )
-from finetune.data.masking import MALFORMED, Chunk, Encoder, special_tokens_of
+from finetune.data.masking import MALFORMED, Chunk, Encoder, digest_of, special_tokens_of
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
-from finetune.data.sources import RawRow, Source, columns_of, open_source
-from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit
+from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
+from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, render
 from finetune.data.workers import encode_stream
 from finetune.errors import DataError
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Rows that are looked at to tell the columns: a JSON line may leave optional ones out.
 _PEEKED_ROWS = 100
+
+_TEST_ROWS = "evaluation.source"
 
 # Keys of the data section that do not shape a source's samples. A new key does until it is listed here.
 _NOT_IN_KEY = {
@@ -69,6 +71,8 @@ class Row:
     """The text of that turn."""
     origin: str
     tools: Tools = None
+    digest: int = 0
+    """The content of the whole row, as a data set's `row_hashes` has it."""
 
 
 def prepare_data(
@@ -116,7 +120,7 @@ def prepare_rows(
     template: ChatTemplate,
     *,
     max_rows: int | None = None,
-    where: str = "evaluation.source",
+    where: str = _TEST_ROWS,
 ) -> list[Row]:
     """Prompts and expected answers of a source, for task metrics; empty for plain text, which has no prompts.
 
@@ -125,7 +129,7 @@ def prepare_rows(
     """
     opened, rows = _first_rows(source, where)
     encoder = _encoder(source, data, tokenizer, template, _recognize(source, rows, opened))
-    return list(islice(_rows(opened, encoder, source, data), max_rows))
+    return _rows(opened, encoder, source, data, limit=max_rows)
 
 
 def prepare_validation_rows(
@@ -147,12 +151,13 @@ def prepare_validation_rows(
     validation = prepare_data(data, tokenizer, template, seed=seed).validation
     if validation is None:
         return []
-    wanted = {validation.origin(index) for index in range(len(validation))}
+    held_out = {validation.row(index) for index in range(len(validation))}
     found: list[Row] = []
     for index, section in enumerate(data.sources):
         opened, rows = _first_rows(section, f"data.sources[{index}]")
         encoder = _encoder(section, data, tokenizer, template, _recognize(section, rows, opened))
-        found.extend(row for row in _rows(opened, encoder, section, data) if row.origin in wanted)
+        wanted = {(file, number) for place, file, number in held_out if place == index}
+        found.extend(_rows(opened, encoder, section, data, wanted=wanted))
     return found[:max_rows]
 
 
@@ -167,14 +172,15 @@ def _open(
 ) -> Opened:
     source, first = _first_rows(section, where)
     encoder = _encoder(section, data, tokenizer, template, _recognize(section, first, source))
-    key = cache_key(key_parts(source, section, data, tokenizer, template))
+    key = cache_key(key_parts(source, section, data, tokenizer, template, encoder.format))
     store = open_store(key)
     cache = "found"
     if store is None:
         cache = "made"
-        chunks = _encode(source, section, encoder, data.num_workers)
+        unused = unused_columns(encoder.format, section.columns, columns_of(source, first))
+        chunks = _encode(source, section, encoder, unused, data.num_workers)
         store = write_store(key, chunks, vocab_size=len(tokenizer), extra={"format": encoder.format})
-    account = _account(section, store, where, role, encoder.format, cache)
+    account = _account(source, section, store, role, encoder.format, cache)
     rejected = [RejectedRow(source.origin(row.file, row.number), row.kind, row.reason) for row in store.rejected]
     ledger.sources.append(account)
     ledger.rejected.extend(rejected)
@@ -187,8 +193,8 @@ def _open(
         max_over_length_share=data.max_over_length_share,
     )
     if hidden := store.meta["counts"].get("rows_of_hidden_tools"):
-        warn(f"{section.path}: {hidden:,} rows have tools, which the chat template ({template.name}) does not show")
-    say(f"{section.path}: {account.rows_kept:,} rows, format {account.format}, cache {cache}")
+        warn(f"{source.title}: {hidden:,} rows have tools, which the chat template ({template.name}) does not show")
+    say(f"{source.title}: {account.rows_kept:,} rows, format {account.format}, cache {cache}")
     return Opened(source, store, account)
 
 
@@ -198,6 +204,7 @@ def key_parts(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
+    format_name: str,
 ) -> dict[str, object]:
     """Everything of the recipe, the data and the tokenizer that shapes the samples of one source."""
     return {
@@ -207,7 +214,12 @@ def key_parts(
         "bos_habit": bos_habit(tokenizer),
         "template": [template.source, template.tail, template.terminator, template.system_role],
         "section": data.model_dump(mode="json", exclude=_NOT_IN_KEY),
-        "source": {"format": section.format, "columns": section.columns, "max_rows": section.max_rows},
+        "source": {
+            "reader": source.kind,
+            "format": format_name,
+            "columns": section.columns,
+            "max_rows": section.max_rows,
+        },
     }
 
 
@@ -220,11 +232,7 @@ def _first_rows(section: SourceSection, where: str) -> tuple[Source, list[RawRow
 
 
 def _recognize(section: SourceSection, rows: list[RawRow], source: Source) -> str:
-    found = columns_of(rows)
-    if not found:
-        first = source.origin(rows[0].file, rows[0].number)
-        raise DataError(f"{source.where}.path: none of the first {len(rows)} rows is an object (see {first}).")
-    return recognize_format(section.format, section.columns, found, source.where)
+    return recognize_format(section.format, section.columns, columns_of(source, rows), source.where)
 
 
 def _encoder(
@@ -253,23 +261,29 @@ def _encoder(
     )
 
 
-def _encode(source: Source, section: SourceSection, encoder: Encoder, num_workers: int | None) -> Iterator[Chunk]:
+def _encode(
+    source: Source, section: SourceSection, encoder: Encoder, unused: list[str], num_workers: int | None
+) -> Iterator[Chunk]:
     total = min(source.num_rows_hint, section.max_rows or source.num_rows_hint)
-    say(f"{section.path}: format {encoder.format}" + (" (told from its columns)" if section.format == "auto" else ""))
-    with progress_bar(f"tokenizing {section.path}", total) as bar:
+    notes = ["told from its columns"] if section.format == "auto" else []
+    notes += [f"not used: {', '.join(unused)}"] if unused else []
+    say(f"{source.title}: format {encoder.format}" + (f" ({'; '.join(notes)})" if notes else ""))
+    with progress_bar(f"tokenizing {source.title}", total) as bar:
         for chunk in encode_stream(encoder, islice(source.rows(), section.max_rows), num_workers):
             bar.advance(chunk.counts["rows_read"])
             yield chunk
 
 
-def _account(section: SourceSection, store: Store, where: str, role: str, format_name: str, cache: str) -> SourceLedger:
+def _account(
+    source: Source, section: SourceSection, store: Store, role: str, format_name: str, cache: str
+) -> SourceLedger:
     meta = store.meta
     counts = meta["counts"]
     prefix = "dropped "
     total, supervised = meta["num_tokens"], meta["num_supervised"]
     return SourceLedger(
-        where=where,
-        path=section.path,
+        where=source.where,
+        path=source.title,
         role=role,
         format=format_name,
         rows_read=counts.get("rows_read", 0),
@@ -312,31 +326,50 @@ def _count(ledger: Ledger, train: TokenDataset, validation: TokenDataset | None)
         ledger.validation_supervised_tokens = int(validation.num_supervised.sum(dtype=np.int64))
 
 
-def _rows(source: Source, encoder: Encoder, section: SourceSection, data: DataSection) -> Iterator[Row]:
-    """Prompts and answers of a source; malformed rows count against `data.max_rejected_share`."""
-    if encoder.format == "text":
-        return
-    total = num_bad = 0
-    first_bad = ""
-    for raw in islice(source.rows(), section.max_rows):
-        total += 1
+def _rows(
+    source: Source,
+    encoder: Encoder,
+    section: SourceSection,
+    data: DataSection,
+    *,
+    wanted: set[tuple[int, int]] | None = None,
+    limit: int | None = None,
+) -> list[Row]:
+    """Prompts and answers of a source, or of its rows `wanted` by file and number; at most `limit`.
+
+    Rows that cannot be used, or whose prompt the template refuses, count against `data.max_rejected_share`.
+    """
+    found: list[Row] = []
+    bad: list[str] = []
+    num_rows = 0
+    for raw in islice(source.rows(), section.max_rows if encoder.format != "text" else 0):
+        if len(found) == limit or (bad and not data.max_rejected_share):
+            break
+        if wanted is not None and (raw.file, raw.number) not in wanted:
+            continue
+        num_rows += 1
         origin = source.origin(raw.file, raw.number)
         try:
-            messages, tools = encoder.conversation(raw)
-        except RowError as error:
-            num_bad += 1
-            first_bad = first_bad or f"{origin}: {error}"
-            if not data.max_rejected_share:
-                break
+            conversation = encoder.conversation(raw)
+            messages, tools = conversation
+            last = max((i for i, message in enumerate(messages) if is_trained(message)), default=None)
+            if last is None:
+                continue
+            render(encoder.source, encoder.special_tokens, messages[:last], add_generation_prompt=True, tools=tools)
+        except (RowError, DataError) as error:
+            bad.append(f"{origin}: {error}")
             continue
-        last = max((i for i, message in enumerate(messages) if is_trained(message)), default=None)
-        if last is not None:
-            yield Row(messages[:last], str(messages[last]["content"]), origin, tools)
-    if num_bad > data.max_rejected_share * total:
+        found.append(Row(messages[:last], str(messages[last]["content"]), origin, tools, digest_of(conversation)))
+    # a few rows say nothing about the share in all of them
+    share = data.max_rejected_share if len(found) != limit else float(data.max_rejected_share > 0)
+    if len(bad) > share * num_rows:
         raise DataError(
-            f"{source.where}: {num_bad:,} of {total:,} rows cannot be used ({MALFORMED}), "
-            f"and data.max_rejected_share is {data.max_rejected_share}:\n  {first_bad}"
+            f"{source.where}: {len(bad):,} of {num_rows:,} rows cannot be used ({MALFORMED}), "
+            f"and data.max_rejected_share is {data.max_rejected_share}:\n  {bad[0]}"
         )
+    if bad and source.where == _TEST_ROWS:  # what became of others is in the ledger
+        warn(f"{source.title}: {len(bad):,} of {num_rows:,} rows cannot be used and are not measured: {bad[0]}")
+    return found
 
 
 __all__ = ["PreparedData", "Row", "prepare_data", "prepare_rows", "prepare_validation_rows"]

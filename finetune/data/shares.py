@@ -66,7 +66,7 @@ def train_set(opened: list[Opened], in_validation: np.ndarray, seed: int) -> Tok
 
 
 def validation_set(opened: list[Opened], in_validation: np.ndarray, held_out: Opened | None) -> TokenDataset | None:
-    """The held-out source, or the rows that were split off; None where there is neither."""
+    """The held-out source, or the rows that were split off, one part a source; None where there is neither."""
     if held_out is not None:
         return TokenDataset(
             [Part(held_out.store, held_out.source.names, np.arange(len(held_out.store), dtype=np.int64))]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.console import console, say
-from finetune.data.formats import RowError, load_line
+from finetune.data.formats import FORMATS, RowError, load_line
 from finetune.distributed import is_rank_zero
 from finetune.errors import DataError, first_line
 
@@ -36,7 +36,8 @@ class RawRow(NamedTuple):
     """Index into the source's files."""
     number: int
     """Line (jsonl, csv) or row (json, parquet, hub), from 1."""
-    payload: bytes | Mapping[str, Any]
+    payload: bytes | Mapping[str, Any] | RowError
+    """A JSON line, an object, or why the file's reader can make nothing of the row."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Source:
 
     where: str
     """The recipe's key, for messages: `data.sources[0]`."""
+    title: str
+    """What messages call it: the recipe's path; a hub data set with its configuration and split."""
+    kind: str
+    """What reads it: its files' suffix, or `hub`. Other readers make other rows of equal bytes."""
     names: tuple[str, ...]
     """Paths of the files as users know them; a hub data set is one name."""
     digest: str
@@ -72,7 +77,8 @@ def open_source(section: SourceSection, where: str) -> Source:
     digest, hint = hashlib.sha256(), 0
     for file in files:
         hint += _hash_file(file, digest, where)
-    reader = READERS[files[0].suffix.lower()]
+    kind = files[0].suffix.lower()
+    reader = READERS[kind]
 
     def rows() -> Iterator[RawRow]:
         for index, file in enumerate(files):
@@ -82,11 +88,15 @@ def open_source(section: SourceSection, where: str) -> Source:
             except OSError as error:
                 raise DataError(f"{where}.path: {file} cannot be read: {error.strerror or error}.") from error
 
-    return Source(where, names, digest.hexdigest(), hint, rows)
+    return Source(where, section.path, kind, names, digest.hexdigest(), hint, rows)
 
 
-def columns_of(rows: list[RawRow]) -> list[str]:
-    """The columns that occur in `rows`, in order of appearance."""
+def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
+    """The columns that occur in `rows`, in order of appearance.
+
+    Raises:
+        DataError: no row is an object.
+    """
     found: dict[str, None] = {}
     for row in rows:
         try:
@@ -95,7 +105,19 @@ def columns_of(rows: list[RawRow]) -> list[str]:
             continue
         if isinstance(value, Mapping):
             found.update(dict.fromkeys(str(key) for key in value))
+    if not found:
+        first = rows[0].payload
+        why = f": {first}" if isinstance(first, RowError) else ""
+        origin = source.origin(rows[0].file, rows[0].number)
+        raise DataError(f"{source.where}.path: none of the first {len(rows)} rows is an object (see {origin}{why}).")
     return list(found)
+
+
+def unused_columns(format_name: str, columns: Mapping[str, str], found: list[str]) -> list[str]:
+    """Those of the columns `found` that no field of the format reads."""
+    shape = FORMATS[format_name]
+    read = {columns.get(field, field) for field in (*shape.required, *shape.optional)}
+    return [name for name in found if name and name not in read]
 
 
 def _find_files(path: str, where: str) -> list[Path] | None:
@@ -151,7 +173,7 @@ def _hash_file(file: Path, digest: Any, where: str) -> int:
     return lines + (last != b"\n")
 
 
-Numbered = Iterator[tuple[int, bytes | Mapping[str, Any]]]
+Numbered = Iterator[tuple[int, bytes | Mapping[str, Any] | RowError]]
 
 
 def _read_jsonl(file: Path) -> Numbered:
@@ -187,13 +209,18 @@ def _read_csv(file: Path) -> Numbered:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     before = 1
     try:
+        header = reader.fieldnames or ()
         for row in reader:
-            row.pop(None, None)  # cells beyond the header have no column
-            yield before + 1, row
+            surplus: Any = row.pop(None, [])  # cells beyond the header; columns that a short row lacks are None
+            yield before + 1, _surplus_cells(len(header), surplus) if any(map(str.strip, surplus)) else row
             before = reader.line_num
     except csv.Error as error:
         hint = "; a quote is never closed" if "unexpected end" in str(error) else ""
         raise DataError(f"{file}:{before + 1} is not valid CSV: {error}{hint}.") from error
+
+
+def _surplus_cells(header: int, surplus: list[str]) -> RowError:
+    return RowError(f"the row has {header + len(surplus)} cells, the header {header}: a comma without quotes?")
 
 
 def _read_parquet(file: Path) -> Numbered:
@@ -243,9 +270,10 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
 def _open_hub(section: SourceSection, where: str) -> Source:
     import datasets
 
+    title = _hub_title(section)
     if not console.is_terminal or not is_rank_zero():
         datasets.disable_progress_bars()
-    say(f"loading the hub data set {section.path}")
+    say(f"loading the hub data set {title}")
     try:
         table = datasets.load_dataset(section.path, name=section.name, split=section.split, revision=section.revision)
     except Exception as error:  # the hub, the network, a builder: datasets wraps them in many types
@@ -263,7 +291,13 @@ def _open_hub(section: SourceSection, where: str) -> Source:
                 row = {key: values[offset] for key, values in batch.items()}
                 yield RawRow(0, start + offset + 1, _arrow_row(row))
 
-    return Source(where, (section.path,), _hash_hub(table, section, where), len(table), rows)
+    return Source(where, title, "hub", (title,), _hash_hub(table, section, where), len(table), rows)
+
+
+def _hub_title(section: SourceSection) -> str:
+    """`org/name[configuration, split]`: origins of two splits of one data set differ."""
+    revision = f"@{section.revision}" if section.revision else ""
+    return f"{section.path}{revision}[{', '.join(filter(None, (section.name, section.split)))}]"
 
 
 def _hash_hub(table: Any, section: SourceSection, where: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from finetune.data.prepare import Row, prepare_data, prepare_rows, prepare_validation_rows
 from finetune.data.template import ChatTemplate, encode_prompt
 from finetune.evaluation.metrics import METRICS
@@ -65,6 +67,14 @@ def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[l
     source = section.source.model_copy(update={"max_rows": min(limits, default=None)})
     test = data.model_copy(update={"sources": [source], "validation": ValidationSection()})
     return rows, prepare_data(test, tokenizer, template, seed=seed).train
+
+
+def count_trained(rows: Sequence[Row], tokens: TokenDataset | None, train: TokenDataset) -> int:
+    """How many of the test rows (as `load_rows` gives them) are rows of `train`, word for word."""
+    trained = train.row_hashes()
+    tested = [np.array([row.digest for row in rows], np.uint64)]
+    tested += [] if tokens is None else [tokens.row_hashes()]
+    return max(int(np.isin(hashes, trained).sum()) for hashes in tested)
 
 
 def evaluate_task(

@@ -123,6 +123,8 @@ def data(contents: Contents, ledger: Mapping[str, Any], licences: Licences) -> s
             lines.append(f"- {ledger['duplicate_rows']:,} rows repeat another row")
         if ledger.get("validation_rows_in_train"):
             lines.append(f"- {ledger['validation_rows_in_train']:,} validation rows are also in the training data")
+        if ledger.get("test_rows_in_train"):
+            lines.append(f"- {ledger['test_rows_in_train']:,} test rows are also in the training data")
     hashes = contents.fingerprints.get("data") or {}
     lines += [f"- sha256 of the {name} samples: `{value}`" for name, value in hashes.items() if value]
     return "\n".join(lines).rstrip()

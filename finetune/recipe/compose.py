@@ -39,6 +39,7 @@ class Choices:
     devices: int | None
     every_steps: int
     max_rejected_share: float = 0.0
+    max_over_length_share: float = 0.0
     over_length: str = "drop"
     why: dict[str, str] = field(default_factory=dict)
 
@@ -104,6 +105,8 @@ def _keys(choices: Choices) -> list[tuple[str, str | None]]:
         keys += [("data.validation", None), ("data.validation.size", choices.validation_size)]
     if choices.max_rejected_share:
         keys.append(("data.max_rejected_share", choices.max_rejected_share))
+    if choices.max_over_length_share:
+        keys.append(("data.max_over_length_share", choices.max_over_length_share))
     length = ("training.max_steps", choices.steps) if choices.epochs is None else ("training.epochs", choices.epochs)
     keys += [("training", None), length]
     keys += [

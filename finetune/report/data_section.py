@@ -49,6 +49,9 @@ def _totals(ledger: dict[str, Any]) -> str:
     if number("validation_rows_in_train"):
         remark = "validation rows that are also trained on"
         pairs.append(("leaked", numbers.count(number("validation_rows_in_train")), remark))
+    if number("test_rows_in_train"):
+        remark = "test rows that are also trained on"
+        pairs.append(("leaked", numbers.count(number("test_rows_in_train")), remark))
     return facts(pairs)
 
 

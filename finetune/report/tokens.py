@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finetune.data.batches import round_up
+from finetune.data.batches import round_up, row_length
 from finetune.data.dataset import TokenDataset
 from finetune.data.packing import PackedRow
 
@@ -145,8 +145,11 @@ class TokenTexts:
         return text
 
 
-def packed_row(dataset: TokenDataset, row: PackedRow, texts: TokenTexts, pad_id: int) -> list[Segment]:
-    """The segments of a packed row: samples for themselves, and prefixes with the samples that go on from them."""
+def packed_row(dataset: TokenDataset, row: PackedRow, texts: TokenTexts, pad_id: int, multiple: int) -> list[Segment]:
+    """The segments of a packed row: samples for themselves, and prefixes with the samples that go on from them.
+
+    `multiple` is what training pads rows to: `data.row_multiple`.
+    """
     segments: list[Segment] = []
     number = 0
     for group in row.groups:
@@ -158,7 +161,7 @@ def packed_row(dataset: TokenDataset, row: PackedRow, texts: TokenTexts, pad_id:
             number += 1
             tokens = _tokens(*dataset[sample], texts)[prefix:]
             segments.append(Segment("sample", tokens, dataset.origin(sample), number, in_group=prefix > 0))
-    return segments + _padding(round_up(max(row.num_tokens, 1)) - row.num_tokens, pad_id, texts)
+    return segments + _padding(row_length(row.num_tokens, multiple) - row.num_tokens, pad_id, texts)
 
 
 def padded_rows(dataset: TokenDataset, samples: Sequence[int], texts: TokenTexts, pad_id: int) -> list[list[Segment]]:

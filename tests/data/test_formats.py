@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 
-from finetune.data.formats import FORMATS, RowError, parse_conversation, parse_row, recognize_format
+from finetune.data.formats import FORMATS, Format, RowError, parse_conversation, recognize_format
 from finetune.data.sources import RawRow
 from finetune.data.survey import guess_columns
 from finetune.errors import DataError
 
 PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SYSTEM = {"role": "system", "content": "s"}
+
+
+def parse_row(row: Any, shape: Format, columns: dict[str, str]) -> list[dict[str, Any]]:
+    """The messages alone."""
+    return parse_conversation(row, shape, columns).messages
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.data import cache, workers
+from finetune.data.formats import recognize_format
 from finetune.data.prepare import key_parts, prepare_data, prepare_rows, prepare_validation_rows
-from finetune.data.sources import open_source
+from finetune.data.sources import columns_of, open_source
 from finetune.data.template import encode_prompt, load_template
 from finetune.errors import DataError, FinetuneError
 from finetune.recipe.schema import DataSection
@@ -68,6 +69,18 @@ def test_fm29_rejected_rows_are_left_out_and_listed(
     (line,) = run_dir.rejected.read_text().splitlines()
     assert json.loads(line)["origin"].endswith("rows.jsonl:4")
     assert any("dropped: malformed 1" in line for line in prepared.ledger.summary_lines())
+
+
+def test_fm29_csv_cells_that_no_column_holds(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("instruction,output\na,b\nSay hi, please,Hello there\nshort\n")
+    data = section(source={"path": str(tmp_path / "rows.csv")})
+    with pytest.raises(DataError, match=r"2 of 3 rows(?s:.)*rows.csv:3: the row has 3 cells, .*without quotes\?"):
+        prepare(tokenizer_of("llama3"), data)
+    prepared, _ = prepare(tokenizer_of("llama3"), data.model_copy(update={"max_rejected_share": 0.7}))
+    assert origins(prepared.train) == [2]
+    assert prepared.ledger.sources[0].dropped == {"malformed": 2}
+    assert [row.origin.rsplit(":")[-1] for row in prepared.ledger.rejected] == ["3", "4"]
+    assert "column 'output' holds null (or is missing)" in prepared.ledger.rejected[1].reason
 
 
 def test_fm29_a_row_that_the_template_refuses(tokenizer_of: Tokenizers, section: Sections) -> None:
@@ -135,6 +148,19 @@ def test_tools_that_the_template_does_not_show_are_said(
 def test_no_answers_at_all(tokenizer_of: Tokenizers, section: Sections) -> None:
     with pytest.raises(DataError, match="nothing to learn"):
         prepare(tokenizer_of("llama3"), section([{"messages": [{"role": "user", "content": "x"}]}]))
+
+
+def test_columns_that_are_not_used_are_named(
+    tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(tokenizer_of("llama3"), section([{"id": 1, **row, "url": "x"} for row in many(2)]))
+    assert "format prompt_completion (told from its columns; not used: id, url)" in capsys.readouterr().err
+
+
+def test_too_many_rows_that_are_cut(tokenizer_of: Tokenizers, section: Sections) -> None:
+    rows = [{"prompt": "q", "completion": "hello world " * 40}]
+    with pytest.raises(DataError, match=r"1 of 1 rows (?s:.)*to go on with them cut"):
+        prepare(tokenizer_of("llama3"), section(rows, max_seq_len=40, over_length="truncate"))
 
 
 def test_max_rows_weights_and_several_sources(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
@@ -213,6 +239,23 @@ def test_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections) -> None:
     assert ids[: int(np.argmax(mask))].tolist() == encode_prompt(tokenizer, template, rows[1].messages)
 
 
+def test_fm29_rows_for_metrics_that_the_template_refuses(
+    tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tokenizer_of("gemma")
+    refused = {"messages": [{"role": "user", "content": "a"}, *chat("b", "c")["messages"]]}
+    data = section([refused, chat("a", "b")])
+    template = load_template(tokenizer, data)
+    with pytest.raises(DataError, match=r"1 of 1 rows cannot(?s:.)*rows\.jsonl:1: the chat template refuses"):
+        prepare_rows(data.sources[0], data, tokenizer, template)
+    data = data.model_copy(update={"max_rejected_share": 0.5})
+    rows = prepare_rows(data.sources[0], data, tokenizer, template, max_rows=1)
+    assert [row.expected for row in rows] == ["b"]
+    assert "1 of 2 rows cannot be used and are not measured: " in capsys.readouterr().err
+    with pytest.raises(DataError, match="1 of 2 rows cannot"):
+        prepare_rows(data.sources[0], data.model_copy(update={"max_rejected_share": 0.4}), tokenizer, template)
+
+
 def test_validation_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections) -> None:
     tokenizer = tokenizer_of("llama3")
     data = section(many(20), validation={"size": 4.0})
@@ -221,36 +264,61 @@ def test_validation_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections
     assert [row.origin for row in rows] == [prepared.validation.origin(i) for i in range(4)]
 
 
+def test_validation_rows_of_two_sources_in_one_file(
+    tokenizer_of: Tokenizers, section: Sections, tmp_path: Path
+) -> None:
+    section([{"q": f"q {n}", "a": f"a{n}.", "b": f"b{n}."} for n in range(10)])
+    path = str(tmp_path / "rows.jsonl")
+    sources = [{"path": path, "columns": {"prompt": "q", "completion": column}} for column in ("a", "b")]
+    data = DataSection.model_validate({"sources": sources, "validation": {"size": 6.0}})
+    tokenizer = tokenizer_of("llama3")
+    prepared, template = prepare(tokenizer, data)
+    rows = prepare_validation_rows(data, tokenizer, template, seed=0)
+    assert len(rows) == len(prepared.validation) == 6
+    trained = [tokenizer.decode(prepared.train[index][0]) for index in range(14)]
+    assert not [row for row in rows if any(row.expected in text for text in trained)]
+
+
 CHANGES: dict[str, Any] = {
     "system": {"system": "Be kind."},
     "train_on": {"train_on": "last_assistant"},
     "max_seq_len": {"max_seq_len": 512},
     "over_length": {"over_length": "truncate"},
-    "format": {"source": {"format": "prompt_completion"}},
+    "format": {"source": {"format": "text"}},
     "max_rows": {"source": {"max_rows": 2}},
-    "columns": {"source": {"columns": {"prompt": "completion"}}},
+    "columns": {"source": {"columns": {"prompt": "text"}}},
     "template": {"template": "chatml"},
 }
 
 
 def key_of(tokenizer: Any, data: DataSection) -> str:
     template = load_template(tokenizer, data)
-    source = open_source(data.sources[0], "here")
-    return cache.cache_key(key_parts(source, data.sources[0], data, tokenizer, template))
+    section = data.sources[0]
+    source = open_source(section, "here")
+    found = columns_of(source, list(source.rows()))
+    format_name = recognize_format(section.format, section.columns, found, "here")
+    return cache.cache_key(key_parts(source, section, data, tokenizer, template, format_name))
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_fm15_each_key_that_shapes_samples_changes_the_key(
     change: str, tokenizer_of: Tokenizers, section: Sections
 ) -> None:
-    rows = many(3)
+    rows = [{**row, "text": "of another format"} for row in many(3)]
     assert key_of(tokenizer_of("llama3"), section(rows)) != key_of(
         tokenizer_of("llama3"), section(rows, **CHANGES[change])
     )
 
 
 @pytest.mark.parametrize(
-    "keys", [{"num_workers": 1}, {"packing": "none"}, {"max_rejected_share": 0.5}, {"date": "2026-01-02"}]
+    "keys",
+    [
+        {"num_workers": 1},
+        {"packing": "none"},
+        {"max_rejected_share": 0.5},
+        {"date": "2026-01-02"},
+        {"source": {"format": "prompt_completion"}},
+    ],
 )
 def test_what_shapes_no_sample_keeps_the_key(keys: dict[str, Any], tokenizer_of: Tokenizers, section: Sections) -> None:
     rows = many(3)
@@ -305,6 +373,15 @@ def test_fm15_changed_bytes_give_changed_samples(tokenizer_of: Tokenizers, secti
     second, _ = prepare(tokenizer_of("llama3"), section(many(2)))
     assert (len(first.train), len(second.train)) == (3, 2)
     assert first.train.fingerprint != second.train.fingerprint
+
+
+def test_fm15_equal_bytes_under_another_suffix(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    lines = [{"text": "one"}, {"text": "two"}]
+    document, _ = prepare(tokenizer_of("llama3"), section(lines, name="train.txt"))
+    (tmp_path / "train.txt").rename(tmp_path / "train.jsonl")
+    rows, _ = prepare(tokenizer_of("llama3"), section(name="train.jsonl"))
+    assert (len(document.train), len(rows.train)) == (1, 2)
+    assert rows.ledger.sources[0].cache == "made"
 
 
 def test_the_second_time_comes_from_the_cache(

@@ -141,11 +141,33 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     table = datasets.Dataset.from_list(ROWS)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     values, origins = read("org/name")
-    assert values == ROWS and origins == ["org/name:1", "org/name:2"]
+    assert values == ROWS and origins == ["org/name[train]:1", "org/name[train]:2"]
+    other = SourceSection(path="org/name", name="main", split="test", revision="v1")
+    source = open_source(other, "here")
+    assert source.title == "org/name@v1[main, test]" and source.origin(0, 7) == "org/name@v1[main, test]:7"
 
 
 def test_columns_are_the_union(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\nbroken\n{"b": 2}\n')
     source = open_source(SourceSection(path=str(path)), "here")
-    assert columns_of(list(source.rows())) == ["a", "b"]
+    assert columns_of(source, list(source.rows())) == ["a", "b"]
+
+
+def test_csv_rows_with_more_or_fewer_cells_than_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\nSay hi, please,Hello\n"Say hi, please",Hello,, \nSay hi\n')
+    values, origins = read(path)
+    assert str(values[0]) == "the row has 3 cells, the header 2: a comma without quotes?"
+    assert values[1:] == [
+        {"prompt": "Say hi, please", "completion": "Hello"},
+        {"prompt": "Say hi", "completion": None},
+    ]
+    assert origins == [f"{path}:{number}" for number in (2, 3, 4)]
+
+
+def test_a_csv_file_whose_header_fits_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nHello, world\n")
+    source = open_source(SourceSection(path=str(tmp_path / "a.csv")), "here")
+    with pytest.raises(DataError, match=r"here.path: none of the first 1 rows .*a.csv:2: the row has 2 cells"):
+        columns_of(source, list(source.rows()))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetune.data.formats import Conversation
 from finetune.data.survey import survey_source
 from finetune.errors import DataError
 from finetune.recipe.schema import SourceSection
@@ -15,8 +16,8 @@ from finetune.recipe.schema import SourceSection
 TURN = {"role": "user", "content": "a"}
 
 
-def count(turns: list[dict[str, Any]]) -> int:
-    return sum(len(turn["content"]) for turn in turns)
+def count(row: Conversation) -> int:
+    return sum(len(turn["content"]) for turn in row.messages)
 
 
 def write(folder: Path, *rows: dict[str, Any]) -> SourceSection:
@@ -39,12 +40,44 @@ def write(folder: Path, *rows: dict[str, Any]) -> SourceSection:
         ({"conversation": [TURN]}, "messages", {"messages": "conversation"}),
         ({"conversation": [{"from": "human", "value": "a"}]}, "sharegpt", {"conversations": "conversation"}),
         ({"content": "a", "url": "b"}, "text", {"text": "content"}),
+        ({"instruction": "a", "output": "b", "context": "c"}, "alpaca", {"input": "context"}),
+        ({"prompt": "a", "completion": "b", "system_message": "c"}, "prompt_completion", {"system": "system_message"}),
+        ({"question": "a", "answer": "b", "context": ["c"]}, "alpaca", {"instruction": "question", "output": "answer"}),
+        ({"article": "a", "highlights": "b"}, "alpaca", {"instruction": "article", "output": "highlights"}),
+        ({"source": "x", "text": "a", "summary": "b"}, "alpaca", {"instruction": "text", "output": "summary"}),
+        ({"source": "a", "target": "b"}, "alpaca", {"instruction": "source", "output": "target"}),
+        ({"input": "a", "output": "b"}, "alpaca", {"instruction": "input"}),
+        ({"text": "a", "links": [{"url": "b"}]}, "text", {}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
 )
 def test_formats_and_columns(tmp_path: Path, row: dict[str, Any], format_name: str, columns: dict[str, str]) -> None:
     survey = survey_source(write(tmp_path, row), "--data", count)
     assert (survey.format, survey.columns) == (format_name, columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "unused"),
+    [
+        (
+            {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+            {"output": "response", "input": "context"},
+            ["category"],
+        ),
+        (
+            {"id": "1", "system_prompt": "a", "question": "b", "response": "c"},
+            {"instruction": "question", "output": "response", "system": "system_prompt"},
+            ["id"],
+        ),
+        ({"document": "a", "summary": "b", "id": "1"}, {"instruction": "document", "output": "summary"}, ["id"]),
+    ],
+    ids=["dolly", "open_orca", "xsum"],
+)
+def test_all_of_a_prompt_is_used_and_the_rest_is_named(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, str], unused: list[str]
+) -> None:
+    survey = survey_source(write(tmp_path, row), "--data", count)
+    assert (survey.format, survey.columns, survey.unused) == ("alpaca", columns, unused)
 
 
 def test_lengths_rows_and_bad_ones(tmp_path: Path) -> None:

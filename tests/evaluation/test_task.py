@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from finetune.data.prepare import Row
+from finetune.data.prepare import Row, prepare_data
 from finetune.data.template import load_template
 from finetune.evaluation import task
-from finetune.evaluation.task import evaluate_task, load_rows, prompt_text
+from finetune.evaluation.task import count_trained, evaluate_task, load_rows, prompt_text
 from finetune.inference.generate import Completion, Sampling
 from finetune.recipe.schema import DataSection, EvaluationSection, Recipe
 from tests.inference.conftest import build_llama, build_tokenizer
@@ -117,6 +117,15 @@ def test_rows_come_from_the_evaluation_source(tmp_path: Path) -> None:
     assert len(tokens) == 4
     rows, tokens = load(recipe_of(tmp_path, {"source": source, "metrics": ["exact_match"]}))
     assert len(rows) == 6 and tokens is None
+
+
+@pytest.mark.parametrize("metrics", [["exact_match"], ["perplexity"], ["exact_match", "perplexity"]])
+def test_rows_that_are_trained_on_are_counted(tmp_path: Path, metrics: list[str]) -> None:
+    source = write_rows(tmp_path / "test.jsonl", 25)
+    recipe = recipe_of(tmp_path, {"source": source, "metrics": metrics}, validation={"size": 4.0})
+    tokenizer = build_tokenizer()
+    train = prepare_data(recipe.data, tokenizer, load_template(tokenizer, recipe.data), seed=0).train
+    assert len(train) == count_trained(*load(recipe), train) == 16
 
 
 def test_else_from_the_validation_rows(tmp_path: Path) -> None:

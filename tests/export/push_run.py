@@ -76,7 +76,7 @@ def _write_numbers(run: Path) -> None:
     (run / "results.json").write_text(json.dumps(results))
     source = {"where": "data.sources[0]", "path": f"{HOME}/secret/train.jsonl", "format": "alpaca", "rows_read": 1500}
     source |= {"rows_kept": 1490, "dropped": {"over length": 10}, "supervised_tokens": 9000}
-    totals = {"train_samples": 1490, "train_tokens": 20000, "train_supervised_tokens": 9000}
+    totals = {"train_samples": 1490, "train_tokens": 20000, "train_supervised_tokens": 9000, "test_rows_in_train": 7}
     (run / "ledger.json").write_text(json.dumps({"sources": [source], **totals}))
     rows = "".join(f"{step},{4 / step},{3 / step if step == 4 else ''}\n" for step in (1, 2, 3, 4))
     (run / "metrics.csv").write_text(f"step,loss,validation_loss\n{rows}5,")

@@ -84,6 +84,7 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         "| `./train.jsonl` | alpaca | 1,500 | 1,490 | over length 10 | 9,000 | CC0 |",
         "| `acme/rows` | auto | – | – | – | – | not known |",
         "1,490 samples, 20,000 tokens, 9,000 of them supervised",
+        "- 7 test rows are also in the training data",
         f"sha256 of the train samples: `{'cd' * 32}`",
         "4 optimizer steps, 1,234 tokens in 1 min 15 s (16 tokens/s), peak memory 1.00 GB",
         "hardware: no GPU; 2 CPU cores, 8 GiB of memory, Linux x86_64",

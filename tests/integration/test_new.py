@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from finetune.cli import main
+from finetune.data.prepare import prepare_data
+from finetune.data.template import load_template
 from finetune.recipe.compose import scalar
 from finetune.recipe.lines import parse_yaml
 from finetune.recipe.load import load_recipe
@@ -35,6 +38,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bad = alpaca_rows(40)
     bad[3]["output"] = ""
     write_jsonl(home / "bad.jsonl", bad)
+    long = alpaca_rows(40)
+    for row in long[::3]:
+        row["output"] = " ".join(["red"] * 1500)
+    write_jsonl(home / "long.jsonl", long)
     return home
 
 
@@ -108,6 +115,16 @@ def test_bad_rows_are_allowed_for_and_named(
     assert load_recipe(home / "bad.yaml").data.max_rejected_share == 0.05
     assert "1 of 40 rows cannot be used; the first: " in capsys.readouterr().err
     assert "e.g." in (home / "bad.yaml").read_text()
+
+
+def test_rows_that_are_cut_are_allowed_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert new(home, monkeypatch, data="long.jsonl", output="long.yaml") == 0
+    data = load_recipe(home / "long.yaml").data
+    assert (data.max_seq_len, data.over_length, data.max_over_length_share) == (1024, "truncate", 0.7)
+    assert "# 35% of the rows looked at are cut" in (home / "long.yaml").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    prepared = prepare_data(data, tokenizer, load_template(tokenizer, data), seed=0)
+    assert prepared.ledger.sources[0].rows_truncated == 14
 
 
 @pytest.mark.parametrize(

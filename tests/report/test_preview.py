@@ -36,9 +36,12 @@ def plain_text(preview: Preview) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize("packing", ["none", "isolated", "shared_prefix"])
-def test_the_rows_are_those_that_are_trained(tmp_path: Path, model: Path, packing: str) -> None:
-    job = make_job(tmp_path, model, chat_rows(12), packing=packing)
+@pytest.mark.parametrize(
+    ("packing", "keys"),
+    [("none", {}), ("isolated", {}), ("shared_prefix", {}), ("isolated", {"max_tokens": 1024, "row_multiple": 128})],
+)
+def test_the_rows_are_those_that_are_trained(tmp_path: Path, model: Path, packing: str, keys: dict[str, int]) -> None:
+    job = make_job(tmp_path, model, chat_rows(12), packing=packing, **keys)
     rows = build_preview(job, 1, 99).rows
     steps = job.steps_of(job.data.train, rank=0, world_size=1)
     micros = [micro for index in range(len(steps)) for micro in steps[index].micro_batches]

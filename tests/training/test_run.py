@@ -116,6 +116,20 @@ def test_the_one_time_conversion_of_a_base_is_named_and_not_taken_for_a_second_l
     assert second == [loading]
 
 
+def test_test_rows_that_are_trained_on_are_counted(
+    run_tiny: RunTiny, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_tiny(
+        training={"max_steps": 1},
+        data={"validation": {"size": 4}},
+        evaluation={"source": {"path": str(rows)}, "metrics": ["perplexity"]},
+    )
+    assert "20 test rows are also in the training data" in capsys.readouterr().err
+    assert json.loads(run.ledger.read_text())["test_rows_in_train"] == 20
+    assert json.loads(run.results.read_text())["after"]["test_rows_in_train"] == 20
+    assert "test rows that are also trained on" in run.report.read_text()
+
+
 def test_validation_stops_early_and_keeps_the_best(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
     sections: dict[str, Any] = {
         "training": {"max_steps": 12, "optimizer": {"lr": 1e-30}},
