@@ -51,3 +51,17 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("smollm2")
     load_gguf_tokenizer(file).save_pretrained(made)
     return made
+
+
+@pytest.fixture
+def same_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers refuse two dtypes outside of autocast, as torch does where `multiply_in_fp32` replaces nothing."""
+    import torch
+
+    plain = torch.nn.functional.linear
+
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        assert input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type), (input.dtype, weight.dtype)
+        return plain(input, weight, bias)
+
+    monkeypatch.setattr("torch.nn.functional.linear", linear)

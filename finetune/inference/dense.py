@@ -15,6 +15,7 @@ import psutil
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch.distributed.tensor import DTensor
 
 from finetune.kernels.products import has_bf16_units
@@ -73,7 +74,7 @@ def _places(model: torch.nn.Module, wide: bool) -> list[Place]:
                 continue
             if _is_replaceable(child) or (wide and _is_narrow_linear(child)):
                 found.append((parent, name, child))
-            else:
+            elif not isinstance(child, TrainableTokensLayer):  # multiplies by its part's weight itself
                 pending.append(child)
     return found
 

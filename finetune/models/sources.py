@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ CONVERSION_VERSION = 2
 # Hashes of files from this size on are kept, once the file is left alone for so long.
 _LARGE_BYTES = 2**20
 _SETTLED_SECONDS = 2.0
+# Where weights are: the first of these that there is.
+# Source: transformers, modeling_utils.py, _get_resolved_checkpoint_files.
+_INDEX = ".index.json"
+_WEIGHTS = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", _INDEX))
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -66,23 +72,117 @@ def find_model(model: ModelSection) -> ModelSource:
 
 
 def fingerprint(source: ModelSource) -> dict[str, Any]:
-    """What identifies the base's content: its name, revision and a hash over config and weight files.
+    """What identifies the base's content: its name, revision and a hash over config.json and the weights it loads.
 
-    A hub snapshot's files are links to blobs that are named by their hash, so nothing is read; local files are
-    hashed in full (about 1 GB/s), once.
+    A hub model's is the same whether its weights are on this machine or not: the files of a snapshot are links to
+    blobs that are named by their hash, and of the others the Hub tells it. Local files are hashed in full (about
+    1 GB/s), once.
+
+    Raises:
+        ModelError: the weights are not here and the Hub cannot be asked, or a shard is missing.
     """
     folder = Path(source.location) if source.is_local else snapshot_folder(source)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
-    digest = hashlib.sha256()
-    for file in files:
-        target = file.resolve()
-        is_blob = target.parent.name == "blobs" and len(target.name) >= 40
-        digest.update(f"{file.name} {target.name if is_blob else _content_hash(target)}\n".encode())
+    hashes = {"config.json": _config_hash(source, folder / "config.json"), **_weight_hashes(source, folder)}
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
     return {
         "name": source.name,
         "revision": None if source.is_local else folder.name,
-        "sha256": digest.hexdigest(),
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
+
+
+def _config_hash(source: ModelSource, path: Path) -> str:
+    """Git's hash of what is the Hub's, by which a cache names it; sha256 of any other file."""
+    if source.is_local and _blob_name(path) is None:
+        return _content_hash(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _weight_hashes(source: ModelSource, folder: Path) -> dict[str, str]:
+    """sha256 of the files that transformers reads the weights from, by name; other weights beside them do not count."""
+    unanswered: Exception | None = None
+    for name in _WEIGHTS:
+        try:
+            digest = _sha256(source, folder, name, ask=unanswered is None)
+        except Exception as error:
+            unanswered = error  # without the Hub transformers takes what is here, too
+            continue
+        if digest is None:
+            continue
+        if not name.endswith(_INDEX):
+            return {name: digest}
+        return {shard: _shard_sha256(source, folder, shard) for shard in _shards(source, folder, name)}
+    if unanswered is not None:
+        raise unreachable(source.name, unanswered) from unanswered
+    paths = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if source.is_local else []
+    return {path.name: _blob_sha256(path) for path in paths}  # whatever config.json or code of its own names
+
+
+def _shards(source: ModelSource, folder: Path, index: str) -> list[str]:
+    from huggingface_hub import hf_hub_download
+
+    path = folder / index
+    try:
+        if not path.is_file():
+            path = Path(hf_hub_download(source.location, index, revision=folder.name))
+        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except Exception as error:
+        raise unreachable(source.name, error) from error
+
+
+def _shard_sha256(source: ModelSource, folder: Path, name: str) -> str:
+    try:
+        digest = _sha256(source, folder, name)
+    except Exception as error:
+        raise unreachable(source.name, error) from error
+    if digest is None:
+        raise ModelError(f"model.name: {source.name}: {name} is missing; download the model again")
+    return digest
+
+
+def _sha256(source: ModelSource, folder: Path, name: str, *, ask: bool = True) -> str | None:
+    """Hash of a weight file, if need be as the Hub tells it; None if there is no such file."""
+    path = folder / name
+    if path.is_file():
+        return _blob_sha256(path)
+    if source.is_local or not ask:
+        return None
+    from huggingface_hub import (
+        _CACHED_NO_EXIST,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    if try_to_load_from_cache(source.location, name, revision=folder.name) is _CACHED_NO_EXIST:
+        return None
+    # The request that every download begins with: whatever serves the weights, mirrors included, answers it.
+    url = hf_hub_url(source.location, name, revision=folder.name)
+    try:
+        told = get_hf_file_metadata(url, retry_on_errors=True).etag
+    except RemoteEntryNotFoundError:
+        return None
+    if told is not None and _SHA256.fullmatch(told):
+        return told
+    # Kept in git, so it is small; or by a mirror that has other hashes.
+    return _blob_sha256(Path(hf_hub_download(source.location, name, revision=folder.name)))
+
+
+def _blob_sha256(path: Path) -> str:
+    name = _blob_name(path)
+    return name if name is not None and _SHA256.fullmatch(name) else _content_hash(path.resolve())
+
+
+def _blob_name(path: Path) -> str | None:
+    """What a Hub cache's blob is called that `path` is a link to: its hash; a blob may itself be a link."""
+    while path.is_symlink():
+        path = path.parent / path.readlink()
+        if path.parent.name == "blobs" and len(path.name) >= 40:
+            return path.name
+    return None
 
 
 def _content_hash(path: Path) -> str:

@@ -143,6 +143,16 @@ def test_on_a_quantized_base(tmp_path: Path, method: str) -> None:
     compare(build(tmp_path, "tied_llama", quantization="nf4", **adapter))
 
 
+@pytest.mark.usefixtures("same_dtypes")
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"]])
+def test_modules_trained_whole_on_a_bf16_base(tmp_path: Path, names: list[str]) -> None:
+    case = build(tmp_path, "llama", modules_to_save=names)
+    values = case.merge.recipe.model_dump()
+    values["training"]["precision"] = "bf16-mixed"
+    case.merge = replace(case.merge, recipe=Recipe.model_validate(values))
+    compare(case)
+
+
 def test_a_base_that_says_tied_and_is_not(tmp_path: Path) -> None:
     case = build(tmp_path, "tied_llama")
     add_own_head(tmp_path / "base")

@@ -122,3 +122,27 @@ def test_a_stand_in_for_lm_eval_gets_every_model(
         "adapter": 0.5,
         "merged": 0.75,
     }
+
+
+@pytest.mark.usefixtures("same_dtypes")
+def test_modules_trained_whole_in_bf16_are_measured_and_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FINETUNE_NATIVE_KERNELS", "0")
+    recipe = tiny_recipe(
+        tmp_path,
+        write_model(tmp_path / "base", "llama"),
+        write_jsonl(tmp_path / "train.jsonl", chat_rows(12)),
+        adapter={"modules_to_save": ["embed_tokens", "lm_head"]},
+        data={"validation": {"size": 2}},
+        training={"precision": "bf16-mixed", "max_steps": 2},
+        evaluation={"metrics": ["perplexity", "token_f1"], "max_new_tokens": 4},
+    )
+    run = tmp_path / "runs" / "tiny"
+    assert main(["run", str(write_recipe(tmp_path / "recipe.json", recipe))]) == 0
+    assert main(["generate", str(run), "--prompt", "count the boats", "--max-new-tokens", "4"]) == 0
+    assert main(["merge", str(run)]) == 0
+    assert "is loaded whole for the check" not in capsys.readouterr().err
+    assert main(["evaluate", str(run)]) == 0
+    metrics = last(run)["metrics"]
+    assert metrics["merged"]["perplexity"] == pytest.approx(metrics["adapter"]["perplexity"], rel=0.02)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from finetune.inference.dense import dense_weights
+from finetune.inference.generate import Sampling, generate
 from finetune.inference.mode import inference_mode
 from finetune.kernels.products import has_bf16_units
 from finetune.models.adapters import attach_adapter
@@ -70,6 +71,24 @@ def test_copies_that_do_not_fit_are_not_made(base_folder: Path, tokenizer: Any) 
     model = quantized(base_folder, tokenizer)
     with dense_weights(model, max_bytes=1000) as size:
         assert size == 0
+
+
+@pytest.mark.usefixtures("same_dtypes")
+@pytest.mark.parametrize("has_units", [False, True])
+def test_a_tied_head_with_trained_tokens_decodes_one_prompt(
+    tokenizer: Any, has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.inference.dense.has_bf16_units", lambda: has_units)
+    base = build_llama(tie_word_embeddings=True).bfloat16()
+    model = attach_adapter(base, LoraSection(rank=4, trainable_tokens=[5, 7]), tokenizer, seed=0)
+    with inference_mode(model):
+        want = model(input_ids=IDS[:, :2]).logits
+        with dense_weights(model) as size:
+            got = model(input_ids=IDS[:, :2]).logits
+    assert size > 0 and got.dtype == torch.bfloat16
+    assert (got - want).norm() < 0.1 * want.norm()
+    (completion,) = generate(model, tokenizer, [[256, 5, 9]], [257], Sampling(max_new_tokens=3))
+    assert completion.token_ids
 
 
 @pytest.mark.skipif(has_bf16_units(), reason="the processor has units for bf16")
