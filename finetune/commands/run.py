@@ -264,6 +264,7 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
     results["training"] = {
         "steps": state.step,
         "planned_steps": job.plan.num_steps,
+        "skipped_steps": state.num_skipped_steps,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
         "tokens_per_second": round(state.tokens / max(1e-9, state.seconds), 1),
@@ -310,8 +311,10 @@ def _summarize(run_dir: RunDir) -> None:
         if after["metrics"]:
             stdout.print(comparison_table(before["metrics"] if before else None, after["metrics"]))
     if (training := results.get("training")) is not None:
+        skipped = training.get("skipped_steps", 0)
+        left_out = f" ({skipped} of them left out: not finite)" if skipped else ""
         stdout.print(
-            f"{training['steps']} steps, {training['tokens']:,} tokens in {training['seconds']:.0f} s: "
+            f"{training['steps']} steps{left_out}, {training['tokens']:,} tokens in {training['seconds']:.0f} s: "
             f"{training['tokens_per_second']:,.0f} tokens/s, peak memory {training['peak_memory_bytes'] / 1e9:.2f} GB"
         )
     stdout.print(f"adapter   {run_dir.adapter}", markup=False)

@@ -83,13 +83,20 @@ def base_dtype(model: ModelSection, precision: str) -> torch.dtype:
     return DTYPES[PRECISION_DTYPES[precision] if model.dtype == "auto" else model.dtype]
 
 
+def compute_dtype(model: ModelSection, precision: str) -> str:
+    """The recipe's name of the dtype that 4-bit weights are expanded to."""
+    if model.compute_dtype != "auto":
+        return model.compute_dtype
+    return "fp16" if precision == "16-mixed" else "bf16"
+
+
 def stored_as(model: ModelSection, precision: str) -> str:
     """How the base's weights are kept, for a reader: `nf4`, `bfloat16`."""
     dtype = str(base_dtype(model, precision)).removeprefix("torch.")
     return dtype if model.quantization == "none" else model.quantization
 
 
-def quantization_config(model: ModelSection, *, shardable: bool) -> BitsAndBytesConfig | None:
+def quantization_config(model: ModelSection, precision: str, *, shardable: bool) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings; `shardable` stores 4-bit weights as bf16 words, which FSDP can split."""
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -100,7 +107,7 @@ def quantization_config(model: ModelSection, *, shardable: bool) -> BitsAndBytes
             load_in_4bit=True,
             bnb_4bit_quant_type=model.quantization,
             bnb_4bit_use_double_quant=model.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[model.compute_dtype],
+            bnb_4bit_compute_dtype=DTYPES[compute_dtype(model, precision)],
             bnb_4bit_quant_storage=torch.bfloat16 if shardable else torch.uint8,
         )
     return None
@@ -133,7 +140,7 @@ def load_base(
                 source.location,
                 revision=source.revision,
                 dtype=base_dtype(model, precision),
-                quantization_config=quantization_config(model, shardable=shardable),
+                quantization_config=quantization_config(model, precision, shardable=shardable),
                 attn_implementation=attention_name,
                 device_map={"": device},
                 trust_remote_code=model.trust_remote_code,

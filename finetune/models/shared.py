@@ -97,7 +97,7 @@ def _key(model: ModelSection, source: ModelSource, precision: str) -> str:
     folder = Path(source.location) if source.is_local else snapshot_folder(source)
     # A hub model's folder is named by its commit, and may not hold all its files yet.
     stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file() and source.is_local}
-    quantization = quantization_config(model, shardable=True)
+    quantization = quantization_config(model, precision, shardable=True)
     parts = {
         "folder": str(folder.resolve()),
         "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},

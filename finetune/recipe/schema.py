@@ -37,8 +37,10 @@ class ModelSection(Section):
         "none", description="How the frozen base is stored while training: nf4 is QLoRA."
     )
     double_quant: bool = Field(True, description="Quantize the 4-bit scales too (saves 0.4 bits a weight).")
-    compute_dtype: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16", description="The dtype that 4-bit weights are expanded to for a product."
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="The dtype that 4-bit weights are expanded to for a product; "
+        "auto is fp16 under training.precision 16-mixed, else bf16.",
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Dtype of unquantized base weights; auto follows training.precision."
