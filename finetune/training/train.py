@@ -184,8 +184,10 @@ class _Flow(L.Callback):
             self._before(module)
             return
         optimizer = module.optimizers(use_pl_optimizer=False)
-        saved = restore(self._checkpoint, module.model, optimizer)  # type: ignore[arg-type]
-        trainer.precision_plugin.load_state_dict(saved["scaler"])
+        name = module.recipe.training.optimizer.name
+        saved = restore(self._checkpoint, module.model, optimizer, name)  # type: ignore[arg-type]
+        if saved["scaler"]:  # empty where the precision had none
+            trainer.precision_plugin.load_state_dict(saved["scaler"])
         self._state.load(self._checkpoint.progress)
         module.step = self._state.step = self._checkpoint.step
         module.num_skipped_steps = self._state.num_skipped_steps

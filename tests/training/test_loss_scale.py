@@ -28,8 +28,8 @@ def start_at(monkeypatch: pytest.MonkeyPatch) -> Scale:
 
     def start(scale: float) -> None:
         def make(precision: str, accelerator: str) -> MixedPrecision:
-            scaler = torch.amp.GradScaler(accelerator, init_scale=scale)
-            return MixedPrecision("16-mixed", accelerator, scaler)
+            scaler = torch.amp.GradScaler(accelerator, init_scale=scale) if precision == "16-mixed" else None
+            return MixedPrecision(precision, accelerator, scaler)  # type: ignore[arg-type]
 
         monkeypatch.setattr(strategy, "_precision_plugin", make)
 
@@ -91,3 +91,14 @@ def test_fm25_a_loss_that_is_nan_still_stops_the_run(
     start_at(1.0)
     run_tiny(expect=1, training=FP16)
     assert "step 1: the loss is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precisions", [("bf16-mixed", "16-mixed"), ("16-mixed", "bf16-mixed")])
+def test_an_accepted_change_of_precision_goes_on(
+    precisions: tuple[str, str], run_tiny: RunTiny, start_at: Scale
+) -> None:
+    start_at(1024.0)
+    run = run_tiny(checkpoint=EVERY_STEP, training={"precision": precisions[0]})
+    interrupt_after(run, 2)
+    run_tiny(arguments=("--accept-changes",), checkpoint=EVERY_STEP, training={"precision": precisions[1]})
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2, 3, 4]
