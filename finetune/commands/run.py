@@ -163,7 +163,7 @@ def _run_recipe(
         signals.doing = "before training went on"
         signals.saved = f"step {checkpoint.step} is saved in {checkpoint.path}"
     measure = _Measure(job, run_dir)
-    if checkpoint is not None and is_trained(job, checkpoint) and _is_measured(run_dir):
+    if checkpoint is not None and is_trained(job, checkpoint) and _is_measured(run_dir, recipe):
         say("this run is finished; --fresh starts it anew")
     else:
         if is_rank_zero():
@@ -254,9 +254,16 @@ def _record(run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskR
     _write_results(run_dir, results)
 
 
-def _is_measured(run_dir: RunDir) -> bool:
-    """Whether a run's last record is there: what came before it is then, too."""
-    return run_dir.adapter.is_dir() and "training" in _read_results(run_dir)
+def _is_measured(run_dir: RunDir, recipe: Recipe) -> bool:
+    """Whether a run's last record is there, and of the weights that the recipe asks for: what came before is, too."""
+    training = _read_results(run_dir).get("training")
+    if not run_dir.adapter.is_dir() or training is None:
+        return False
+    return bool(training.get("ends_with", _ending(recipe)) == _ending(recipe))
+
+
+def _ending(recipe: Recipe) -> str:
+    return "best" if recipe.ends_with_best else "last"
 
 
 def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
@@ -264,6 +271,8 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
     results["training"] = {
         "steps": state.step,
         "planned_steps": job.plan.num_steps,
+        "adapter_step": state.adapter_step,
+        "ends_with": _ending(job.recipe),
         "skipped_steps": state.num_skipped_steps,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
@@ -317,6 +326,14 @@ def _summarize(run_dir: RunDir) -> None:
             f"{training['steps']} steps{left_out}, {training['tokens']:,} tokens in {training['seconds']:.0f} s: "
             f"{training['tokens_per_second']:,.0f} tokens/s, peak memory {training['peak_memory_bytes'] / 1e9:.2f} GB"
         )
-    stdout.print(f"adapter   {run_dir.adapter}", markup=False)
+    stdout.print(f"adapter   {run_dir.adapter}{_other_step(training)}", markup=False)
     stdout.print(f"report    {run_dir.report}", markup=False)
     stdout.print(f"try it    finetune generate {run_dir.root} --prompt 'your text'", markup=False)
+
+
+def _other_step(training: dict[str, Any] | None) -> str:
+    """Which step the adapter is from, where that is not the last."""
+    step = (training or {}).get("adapter_step")
+    if training is None or step in (None, training["steps"]):
+        return ""
+    return f" (of step {step}, where validation loss was lowest)"

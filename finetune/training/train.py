@@ -30,6 +30,7 @@ from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
 from finetune.stop_signals import StopSignals, blocked, leave_to_parent
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
+from finetune.training.best import take_best
 from finetune.training.callbacks import Meter, NonFiniteStop
 from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore, write_parts
 from finetune.training.checkpoint_writer import CheckpointWriter
@@ -196,7 +197,16 @@ class _Flow(L.Callback):
         progress.total.completed = progress.total.ready = module.step
 
     def on_train_end(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
-        if trainer.is_global_zero and not self._state.is_preempted:
+        if self._state.is_preempted:
+            return
+        if module.placement.sharded:
+            # A validation leaves the root whole, and what rank 0 alone does with the state would split it there alone.
+            root: Any = module.loss_model
+            root.reshard()
+        self._state.adapter_step = module.step
+        if module.recipe.ends_with_best:
+            take_best(trainer, module, self._run, self._state)
+        if trainer.is_global_zero:
             save_final_adapter(self._job, self._run, module)
 
 

@@ -165,6 +165,8 @@ class Validation(L.Callback):
         write_samples(module, self._samples.dataset, self._stop_token_ids, self._section, self._run)
         state = self._state
         state.validation_loss, state.validated_at, state.put_off_at = loss, module.step, None
+        if not math.isnan(loss) and (state.lowest_loss is None or loss < state.lowest_loss):
+            state.lowest_loss, state.best_step = loss, module.step
         say(f"step {module.step}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 80)):.2f}")
         stopping = self._section.early_stopping
         margin = stopping.min_delta if stopping else 0.0
