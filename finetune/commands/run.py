@@ -18,6 +18,7 @@ from finetune.files import recover_directory, sole_owner, write_atomic
 from finetune.machine import (
     describe_machine,
     library_versions,
+    naming_out_of_memory,
     peak_memory_bytes,
     release_freed_memory,
 )
@@ -218,6 +219,13 @@ class _Measure:
         self._measure(module, "after")
 
     def _measure(self, module: FinetuneModule, when: str) -> None:
+        from finetune.training.out_of_memory import LESS_FOR_VALIDATION
+
+        what = "the bare base" if when == "before" else "the trained adapter"
+        with naming_out_of_memory(f"while {what} was measured", LESS_FOR_VALIDATION):
+            self._measure_model(module, when, what)
+
+    def _measure_model(self, module: FinetuneModule, when: str, what: str) -> None:
         from finetune.evaluation.task import evaluate_task
         from finetune.training.validation import mean_loss
 
@@ -226,7 +234,6 @@ class _Measure:
         result: TaskResult | None = None
         metrics: dict[str, float] = {}
         section = self._job.recipe.evaluation
-        what = "the bare base" if when == "before" else "the trained adapter"
         if self._rows:
             with module.gathered(), progress_bar(f"measuring {what}: completions", len(self._rows)) as bar:
                 result = evaluate_task(

@@ -14,12 +14,17 @@ from finetune.console import say
 from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
 from finetune.kernels.products import multiply_in_fp32
+from finetune.machine import is_out_of_memory, naming_out_of_memory
 from finetune.models.progress import library_bars
 from finetune.models.sources import ModelSource, unreachable
 from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISION_DTYPES = {"32-true": "fp32", "bf16-true": "bf16", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+LESS_FOR_LOADING = (
+    "model.quantization: nf4 takes about a quarter of the memory of unquantized weights; over several GPUs, "
+    "distributed.strategy: fsdp splits them. `finetune check RECIPE` says what a run needs."
+)
 
 
 def quiet_libraries() -> None:
@@ -113,6 +118,7 @@ def quantization_config(model: ModelSection, precision: str, *, shardable: bool)
     return None
 
 
+@naming_out_of_memory("while the base was loaded", LESS_FOR_LOADING)
 def load_base(
     model: ModelSection,
     source: ModelSource,
@@ -127,6 +133,7 @@ def load_base(
 
     Raises:
         ModelError: if it cannot be found or its files are damaged.
+        OutOfMemory: if it does not fit.
     """
     attention.register()
     use_plain_linears()
@@ -146,9 +153,11 @@ def load_base(
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=None,
             )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if is_out_of_memory(RuntimeError(_noted_by_loader(error))):
+            raise MemoryError from error
         raise unreachable(source.name, error) from error
     _require_quantized(base, model)
     if model.quantization != "none" and not shardable:  # processes share the file of a sharded base
@@ -159,6 +168,17 @@ def load_base(
     base.config.use_cache = False
     loaded: torch.nn.Module = base
     return loaded
+
+
+def _noted_by_loader(error: BaseException) -> str:
+    """What transformers has noted of errors in quantizing weights: it raises another, which does not say them."""
+    trace = error.__traceback__
+    while trace is not None:
+        noted = getattr(trace.tb_frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if noted:
+            return "\n".join(str(each) for each in noted.values())
+        trace = trace.tb_next
+    return ""
 
 
 def _let_go_of_files(base: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.console import say, warn
-from finetune.errors import FinetuneError, ModelError
+from finetune.errors import FinetuneError, ModelError, OutOfMemory
 from finetune.files import cache_dir, locked, new_directory
 from finetune.machine import release_freed_memory
 from finetune.models.load import base_dtype, load_base, load_config, quantization_config, stored_as
@@ -75,7 +75,7 @@ def quantized_source(model: ModelSection, source: ModelSource, *, precision: str
     try:
         return shared_source(model, source, precision=precision)
     except FinetuneError as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError | OutOfMemory):
             raise
         warn(f"the base is quantized anew at every start: {error}")
         return source

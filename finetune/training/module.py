@@ -19,17 +19,17 @@ from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.offload import offloaded
-from finetune.machine import release_freed_memory
+from finetune.machine import is_out_of_memory, naming_out_of_memory, release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
 from finetune.models.heads import check_head, checkpoint_layers, decoder_layers, decoder_of, supervised_loss
-from finetune.models.load import fit_vocabulary, load_base
+from finetune.models.load import LESS_FOR_LOADING, fit_vocabulary, load_base
 from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
-from finetune.training.out_of_memory import Halving, is_out_of_memory, out_of_memory_message
+from finetune.training.out_of_memory import LESS_FOR_OPTIMIZER, Halving, out_of_memory_message
 from finetune.training.steps import StepBatch, seed_micro_step
 from finetune.training.strategy import Placement, move_replicated, shard_base
 from finetune.training.turns import in_turn
@@ -98,6 +98,7 @@ class FinetuneModule(L.LightningModule):
         scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
         return scaler
 
+    @naming_out_of_memory("while the model was loaded", LESS_FOR_LOADING)
     def configure_model(self) -> None:
         """Load, quantize, adapt and (for FSDP) shard. Called by Lightning in every process."""
         if hasattr(self, "loss_model"):
@@ -200,7 +201,8 @@ class FinetuneModule(L.LightningModule):
         if training.on_non_finite == "skip" and not self._is_finite():
             self.num_skipped_steps += 1
         else:
-            optimizer.step()  # type: ignore[union-attr]
+            with naming_out_of_memory(f"in the optimizer's step {self.step + 1}", LESS_FOR_OPTIMIZER):
+                optimizer.step()  # type: ignore[union-attr]
             if self.last.overflowed:
                 self._count_overflow()
         self.gradients.zero()
