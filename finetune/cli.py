@@ -19,7 +19,7 @@ from typing import NamedTuple
 from finetune import __version__
 from finetune.distributed import global_rank, is_rank_zero
 from finetune.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, FinetuneError, PreemptedError
-from finetune.machine import refuse_telemetry
+from finetune.machine import naming_out_of_memory, refuse_telemetry
 
 
 class Verb(NamedTuple):
@@ -101,6 +101,11 @@ _BUG = (
     "lines above, the command, the recipe, and what `finetune --version` prints."
 )
 
+# Where the verb itself does not know better.
+_LESS_MEMORY = (
+    "Fewer prompts at once or shorter answers take less (evaluation.batch_size, evaluation.max_new_tokens, or options "
+    "of the verb), and so does a base in fewer bits (model.quantization: nf4); or free memory that other programs hold."
+)
 
 # What a user mends by space or permission; any other failure of the system is looked at as a bug.
 _NO_SPACE_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
@@ -224,7 +229,8 @@ def _run(given: list[str]) -> int:
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     arguments.parser = parser
-    code = load_command(VERBS[arguments.verb].module).run(arguments)
+    with naming_out_of_memory(f"in finetune {arguments.verb}", _LESS_MEMORY):
+        code = load_command(VERBS[arguments.verb].module).run(arguments)
     sys.stdout.flush()
     return int(code)
 

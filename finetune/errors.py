@@ -36,6 +36,10 @@ class ModelError(BadInputError):
     """A base model, tokenizer or adapter cannot be used as given."""
 
 
+class OutOfMemory(FinetuneError):
+    """A device's or the host's memory was not enough; the message names the phase and what takes less."""
+
+
 class PreemptedError(FinetuneError):
     """The run was asked to stop and can be continued by the same command: exit code 75."""
 

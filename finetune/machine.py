@@ -6,7 +6,11 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from finetune.errors import OutOfMemory
 
 # Set to 0, this keeps the native CPU kernels out of use; set to fp32, those for units of bf16.
 KERNEL_SWITCH = "FINETUNE_NATIVE_KERNELS"
@@ -24,6 +28,38 @@ def peak_memory_bytes() -> int:
     except (OSError, StopIteration):
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+# What the allocators of the host and of CUDA, and cuBLAS, say where they raise no error of its own class.
+_ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's or the host's allocator has failed."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+
+
+@contextmanager
+def naming_out_of_memory(phase: str, todo: str) -> Iterator[None]:
+    """Say in which phase memory ran out within, and what to do about it; also decorates a function.
+
+    Raises:
+        OutOfMemory: instead of the allocator's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory {phase}, after {peak_memory_bytes() / 1e9:.1f} GB.\n  {todo}") from error
 
 
 def describe_machine() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -204,6 +205,16 @@ def test_anything_else_is_a_bug_with_a_traceback(
     said = capsys.readouterr().err
     assert "Traceback" in said and "RuntimeError: unforeseen" in said
     assert said.splitlines()[-1].startswith("error: this is a bug in finetune. Please open an issue")
+
+
+def test_a_verb_that_runs_out_of_memory_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = SimpleNamespace(configure=lambda parser: None, run=_raiser(MemoryError()))
+    monkeypatch.setattr(cli, "load_command", lambda module: command)
+    assert cli.main(["generate"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory in finetune generate, after ") and "evaluation.batch_size" in said
 
 
 def test_an_error_on_another_rank_says_which(

@@ -18,6 +18,7 @@ from finetune.files import recover_directory, sole_owner, write_atomic
 from finetune.machine import (
     describe_machine,
     library_versions,
+    naming_out_of_memory,
     peak_memory_bytes,
     release_freed_memory,
 )
@@ -164,7 +165,7 @@ def _run_recipe(
         signals.doing = "before training went on"
         signals.saved = f"step {checkpoint.step} is saved in {checkpoint.path}"
     measure = _Measure(job, run_dir)
-    if checkpoint is not None and is_trained(job, checkpoint) and _is_measured(run_dir):
+    if checkpoint is not None and is_trained(job, checkpoint) and _is_measured(run_dir, recipe):
         say("this run is finished; --fresh starts it anew")
     else:
         if is_rank_zero():
@@ -233,6 +234,13 @@ class _Measure:
         self._measure(module, "after")
 
     def _measure(self, module: FinetuneModule, when: str) -> None:
+        from finetune.training.out_of_memory import LESS_FOR_VALIDATION
+
+        what = "the bare base" if when == "before" else "the trained adapter"
+        with naming_out_of_memory(f"while {what} was measured", LESS_FOR_VALIDATION):
+            self._measure_model(module, when, what)
+
+    def _measure_model(self, module: FinetuneModule, when: str, what: str) -> None:
         from finetune.evaluation.task import evaluate_task
         from finetune.training.validation import mean_loss
 
@@ -241,7 +249,6 @@ class _Measure:
         result: TaskResult | None = None
         metrics: dict[str, float] = {}
         section = self._job.recipe.evaluation
-        what = "the bare base" if when == "before" else "the trained adapter"
         if self._rows:
             with module.gathered(), progress_bar(f"measuring {what}: completions", len(self._rows)) as bar:
                 result = evaluate_task(
@@ -280,9 +287,16 @@ def _record(
     _write_results(run_dir, results)
 
 
-def _is_measured(run_dir: RunDir) -> bool:
-    """Whether a run's last record is there: what came before it is then, too."""
-    return run_dir.adapter.is_dir() and "training" in _read_results(run_dir)
+def _is_measured(run_dir: RunDir, recipe: Recipe) -> bool:
+    """Whether a run's last record is there, and of the weights that the recipe asks for: what came before is, too."""
+    training = _read_results(run_dir).get("training")
+    if not run_dir.adapter.is_dir() or training is None:
+        return False
+    return bool(training.get("ends_with", _ending(recipe)) == _ending(recipe))
+
+
+def _ending(recipe: Recipe) -> str:
+    return "best" if recipe.ends_with_best else "last"
 
 
 def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
@@ -290,6 +304,9 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
     results["training"] = {
         "steps": state.step,
         "planned_steps": job.plan.num_steps,
+        "adapter_step": state.adapter_step,
+        "ends_with": _ending(job.recipe),
+        "skipped_steps": state.num_skipped_steps,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
         "tokens_per_second": round(state.tokens / max(1e-9, state.seconds), 1),
@@ -336,10 +353,20 @@ def _summarize(run_dir: RunDir) -> None:
         if after["metrics"]:
             stdout.print(comparison_table(before["metrics"] if before else None, after["metrics"]))
     if (training := results.get("training")) is not None:
+        skipped = training.get("skipped_steps", 0)
+        left_out = f" ({skipped} of them left out: not finite)" if skipped else ""
         stdout.print(
-            f"{training['steps']} steps, {training['tokens']:,} tokens in {training['seconds']:.0f} s: "
+            f"{training['steps']} steps{left_out}, {training['tokens']:,} tokens in {training['seconds']:.0f} s: "
             f"{training['tokens_per_second']:,.0f} tokens/s, peak memory {training['peak_memory_bytes'] / 1e9:.2f} GB"
         )
-    stdout.print(f"adapter   {run_dir.adapter}", markup=False)
+    stdout.print(f"adapter   {run_dir.adapter}{_other_step(training)}", markup=False)
     stdout.print(f"report    {run_dir.report}", markup=False)
     stdout.print(f"try it    finetune generate {run_dir.root} --prompt 'your text'", markup=False)
+
+
+def _other_step(training: dict[str, Any] | None) -> str:
+    """Which step the adapter is from, where that is not the last."""
+    step = (training or {}).get("adapter_step")
+    if training is None or step in (None, training["steps"]):
+        return ""
+    return f" (of step {step}, where validation loss was lowest)"

@@ -28,15 +28,13 @@ def stream_adapter(merge: Merge, *, attention_name: str, device: torch.device) -
     Raises:
         NotStreamableError: the model has to be loaded whole.
     """
-    recipe = merge.recipe
-    skeleton = build_skeleton(
-        merge.config, recipe.model, precision=recipe.training.precision, attention_name=attention_name
-    )
+    recipe, precision = merge.recipe, merge.recipe.training.precision
+    skeleton = build_skeleton(merge.config, recipe.model, precision=precision, attention_name=attention_name)
     stored = {
         parameter: partial(merge.files.read, name) for name, parameter in stored_names(merge.files, skeleton).items()
     }
     adapter = SavedAdapter(recipe.adapter, merge.adapter, merge.tokenizer, recipe.training.seed)
-    return build_streamed(skeleton, recipe.model, stored, device=device, adapter=adapter)
+    return build_streamed(skeleton, recipe.model, stored, precision=precision, device=device, adapter=adapter)
 
 
 def stream_merged(
@@ -47,21 +45,16 @@ def stream_merged(
     Raises:
         NotStreamableError: the model has to be loaded whole.
     """
-    source = find_model(section)
+    source, precision = find_model(section), merge.recipe.training.precision
     files = BaseFiles(source)
-    skeleton = build_skeleton(
-        load_config(section, source),
-        section,
-        precision=merge.recipe.training.precision,
-        attention_name=attention_name,
-    )
+    skeleton = build_skeleton(load_config(section, source), section, precision=precision, attention_name=attention_name)
     stored: dict[str, Callable[[], torch.Tensor]]
     stored = {parameter: partial(files.read, name) for name, parameter in stored_names(files, skeleton).items()}
     if base != merge.base:
         for weight in merge.plan.weights:
             if weight.quantized and weight.parameter is not None:
                 stored[weight.parameter] = partial(merge.tensor, weight, base)
-    return build_streamed(skeleton, section, stored, device=device)
+    return build_streamed(skeleton, section, stored, precision=precision, device=device)
 
 
 def measure_adapter(streamed: StreamedModel, samples: Sequence[CheckSample]) -> tuple[list[torch.Tensor], Drift]:

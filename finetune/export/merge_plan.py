@@ -163,7 +163,8 @@ def stored_names(files: BaseFiles, skeleton: Any) -> dict[str, str]:
 
 def _quantized_parameters(config: Any, model: ModelSection) -> set[str]:
     """Weights that transformers quantizes with the recipe's settings."""
-    settings = quantization_config(model, shardable=False)
+    # Which weights they are follows from no precision.
+    settings = quantization_config(model, "bf16-mixed", shardable=False)
     if settings is None:
         return set()
     use_plain_linears()

@@ -135,8 +135,10 @@ def training(contents: Contents, found: Mapping[str, Any], plot: str | None) -> 
     machine = found.get("machine") or {}
     lines = ["## Training", ""]
     if found:
+        step = found.get("adapter_step")
+        best = "" if step in (None, found["steps"]) else f", the adapter from step {step:,} by its validation loss"
         lines.append(
-            f"- {found['steps']:,} optimizer steps, {found['tokens']:,} tokens in {_duration(found['seconds'])} "
+            f"- {found['steps']:,} optimizer steps{best}, {found['tokens']:,} tokens in {_duration(found['seconds'])} "
             f"({found['tokens_per_second']:,.0f} tokens/s), peak memory {found['peak_memory_bytes'] / 1e9:.2f} GB"
         )
     if machine:

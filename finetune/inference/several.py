@@ -18,7 +18,7 @@ from finetune.inference.load import (
     recorded_base,
 )
 from finetune.models.adapters import add_adapter, attach_adapter, load_adapter
-from finetune.models.load import base_dtype, fit_vocabulary
+from finetune.models.load import base_dtype, compute_dtype, fit_vocabulary
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import QUANTIZED_4BIT, Recipe
 
@@ -35,11 +35,12 @@ class _Trained:
     def stored(self) -> str:
         """How the base's weights were held while training."""
         model = self.recipe.model
-        dtype = str(base_dtype(model, self.recipe.training.precision)).removeprefix("torch.")
+        precision = self.recipe.training.precision
+        dtype = str(base_dtype(model, precision)).removeprefix("torch.")
         if model.quantization not in QUANTIZED_4BIT:
             return dtype if model.quantization == "none" else f"{model.quantization} of {dtype}"
         scales = "" if model.double_quant else ", scales not quantized"
-        return f"{model.quantization} of {dtype}, computed in {model.compute_dtype}{scales}"
+        return f"{model.quantization} of {dtype}, computed in {compute_dtype(model, precision)}{scales}"
 
     def base(self) -> str:
         """The base as the adapter knows it, in words."""

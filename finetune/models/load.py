@@ -14,6 +14,7 @@ from finetune.console import say
 from finetune.errors import ModelError, first_line
 from finetune.kernels import attention
 from finetune.kernels.products import multiply_in_fp32
+from finetune.machine import is_out_of_memory, naming_out_of_memory
 from finetune.models.attention import loadable_attention
 from finetune.models.progress import library_bars
 from finetune.models.sources import ModelSource, unreachable
@@ -21,6 +22,10 @@ from finetune.recipe.schema import QUANTIZED_4BIT, ModelSection
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISION_DTYPES = {"32-true": "fp32", "bf16-true": "bf16", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+LESS_FOR_LOADING = (
+    "model.quantization: nf4 takes about a quarter of the memory of unquantized weights; over several GPUs, "
+    "distributed.strategy: fsdp splits them. `finetune check RECIPE` says what a run needs."
+)
 
 
 def quiet_libraries() -> None:
@@ -84,13 +89,20 @@ def base_dtype(model: ModelSection, precision: str) -> torch.dtype:
     return DTYPES[PRECISION_DTYPES[precision] if model.dtype == "auto" else model.dtype]
 
 
+def compute_dtype(model: ModelSection, precision: str) -> str:
+    """The recipe's name of the dtype that 4-bit weights are expanded to."""
+    if model.compute_dtype != "auto":
+        return model.compute_dtype
+    return "fp16" if precision == "16-mixed" else "bf16"
+
+
 def stored_as(model: ModelSection, precision: str) -> str:
     """How the base's weights are kept, for a reader: `nf4`, `bfloat16`."""
     dtype = str(base_dtype(model, precision)).removeprefix("torch.")
     return dtype if model.quantization == "none" else model.quantization
 
 
-def quantization_config(model: ModelSection, *, shardable: bool) -> BitsAndBytesConfig | None:
+def quantization_config(model: ModelSection, precision: str, *, shardable: bool) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings; `shardable` stores 4-bit weights as bf16 words, which FSDP can split."""
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -101,12 +113,13 @@ def quantization_config(model: ModelSection, *, shardable: bool) -> BitsAndBytes
             load_in_4bit=True,
             bnb_4bit_quant_type=model.quantization,
             bnb_4bit_use_double_quant=model.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[model.compute_dtype],
+            bnb_4bit_compute_dtype=DTYPES[compute_dtype(model, precision)],
             bnb_4bit_quant_storage=torch.bfloat16 if shardable else torch.uint8,
         )
     return None
 
 
+@naming_out_of_memory("while the base was loaded", LESS_FOR_LOADING)
 def load_base(
     model: ModelSection,
     source: ModelSource,
@@ -121,6 +134,7 @@ def load_base(
 
     Raises:
         ModelError: if it cannot be found or its files are damaged.
+        OutOfMemory: if it does not fit.
     """
     attention.register()
     use_plain_linears()
@@ -135,15 +149,17 @@ def load_base(
                 source.location,
                 revision=source.revision,
                 dtype=base_dtype(model, precision),
-                quantization_config=quantization_config(model, shardable=shardable),
+                quantization_config=quantization_config(model, precision, shardable=shardable),
                 attn_implementation=attention_name,
                 device_map={"": device},
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=None,
             )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if is_out_of_memory(RuntimeError(_noted_by_loader(error))):
+            raise MemoryError from error
         raise unreachable(source.name, error) from error
     _require_quantized(base, model)
     if model.quantization != "none" and not shardable:  # processes share the file of a sharded base
@@ -154,6 +170,17 @@ def load_base(
     base.config.use_cache = False
     loaded: torch.nn.Module = base
     return loaded
+
+
+def _noted_by_loader(error: BaseException) -> str:
+    """What transformers has noted of errors in quantizing weights: it raises another, which does not say them."""
+    trace = error.__traceback__
+    while trace is not None:
+        noted = getattr(trace.tb_frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if noted:
+            return "\n".join(str(each) for each in noted.values())
+        trace = trace.tb_next
+    return ""
 
 
 def _let_go_of_files(base: Any) -> None:

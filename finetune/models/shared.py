@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.console import say, warn
-from finetune.errors import FinetuneError, ModelError
+from finetune.errors import FinetuneError, ModelError, OutOfMemory
 from finetune.files import cache_dir, locked, new_directory
 from finetune.machine import release_freed_memory
 from finetune.models.load import base_dtype, load_base, load_config, quantization_config, stored_as
@@ -75,7 +75,7 @@ def quantized_source(model: ModelSection, source: ModelSource, *, precision: str
     try:
         return shared_source(model, source, precision=precision)
     except FinetuneError as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError | OutOfMemory):
             raise
         warn(f"the base is quantized anew at every start: {error}")
         return source
@@ -97,7 +97,7 @@ def _key(model: ModelSection, source: ModelSource, precision: str) -> str:
     folder = Path(source.location) if source.is_local else snapshot_folder(source)
     # A hub model's folder is named by its commit, and may not hold all its files yet.
     stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file() and source.is_local}
-    quantization = quantization_config(model, shardable=True)
+    quantization = quantization_config(model, precision, shardable=True)
     parts = {
         "folder": str(folder.resolve()),
         "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},

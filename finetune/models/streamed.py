@@ -219,6 +219,7 @@ def build_streamed(
     section: ModelSection,
     stored: Readers,
     *,
+    precision: str,
     device: torch.device,
     adapter: SavedAdapter | None = None,
 ) -> StreamedModel:
@@ -232,7 +233,7 @@ def build_streamed(
         raise NotStreamableError("it runs code of its own")
     readers = _all_readers(causal_lm, stored)
     dtypes = _dtypes(causal_lm)
-    _quantize_layers(causal_lm, section)
+    _quantize_layers(causal_lm, section, precision)
     _fill_buffers(causal_lm, readers, device)
     if adapter is not None:
         _fit_vocabulary(causal_lm, adapter, readers, dtypes, device)
@@ -271,9 +272,9 @@ def _dtypes(causal_lm: Any) -> dict[str, torch.dtype]:
     }
 
 
-def _quantize_layers(causal_lm: Any, section: ModelSection) -> None:
+def _quantize_layers(causal_lm: Any, section: ModelSection, precision: str) -> None:
     """Replace linear layers by quantized ones without weights."""
-    settings = quantization_config(section, shardable=False)
+    settings = quantization_config(section, precision, shardable=False)
     if settings is not None:
         quantizer = AutoHfQuantizer.from_config(settings)
         quantizer.preprocess_model(model=causal_lm, dtype=causal_lm.dtype, device_map={"": "cpu"})

@@ -225,6 +225,11 @@ CHECKS: tuple[Check, ...] = (
         "validation loss is never measured while training; set evaluation.every_steps, e.g. 50",
     ),
     Check(
+        "checkpoint.final",
+        lambda r: r.checkpoint.final == "best" and r.evaluation.every_steps is None,
+        "{value}, but validation loss is never measured while training; set evaluation.every_steps, e.g. 50",
+    ),
+    Check(
         "hub.push",
         lambda r: r.hub.push and r.hub.repo_id is None,
         "{value}, but there is nowhere to push to; set hub.repo_id: org/name",

@@ -38,8 +38,10 @@ class ModelSection(Section):
         "none", description="How the frozen base is stored while training: nf4 is QLoRA."
     )
     double_quant: bool = Field(True, description="Quantize the 4-bit scales too (saves 0.4 bits a weight).")
-    compute_dtype: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16", description="The dtype that 4-bit weights are expanded to for a product."
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="The dtype that 4-bit weights are expanded to for a product; "
+        "auto is fp16 under training.precision 16-mixed, else bf16.",
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Dtype of unquantized base weights; auto follows training.precision."
@@ -228,7 +230,14 @@ class CheckpointSection(Section):
     every_steps: PositiveInt | None = Field(100, description="Save every n optimizer steps.")
     every_minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="Save every n minutes as well.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept.")
-    keep_best: Annotated[int, Field(ge=0)] = Field(1, description="Best by validation loss, kept besides.")
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        1, description="Best by validation loss, saved where they are met and kept besides."
+    )
+    final: Literal["auto", "best", "last"] = Field(
+        "auto",
+        description="Whose weights the final adapter has: last, or best by validation loss; "
+        "auto is best with evaluation.early_stopping, else last.",
+    )
     grace_seconds: Annotated[float, Field(gt=0)] = Field(
         30.0, description="Time to finish the step after a signal; then the run ends with its last checkpoint."
     )
@@ -314,6 +323,18 @@ class Recipe(Section):
     merge: MergeSection = Field(MergeSection(), description="Merging the adapter into the base.")
     logging: LoggingSection = Field(LoggingSection(), description="Trackers.")
     hub: HubSection = Field(HubSection(), description="Publishing.")
+
+    @property
+    def ends_with_best(self) -> bool:
+        """Whether the final adapter is that of the lowest validation loss."""
+        if self.checkpoint.final == "auto":
+            return self.evaluation.early_stopping is not None
+        return self.checkpoint.final == "best"
+
+    @property
+    def num_best_kept(self) -> int:
+        """Checkpoints that are kept for their validation loss."""
+        return max(self.checkpoint.keep_best, int(self.ends_with_best))
 
     @property
     def run_path(self) -> Path:

@@ -89,6 +89,7 @@ SYNONYMS: dict[str, tuple[str, str]] = {
     "save_steps": ("checkpoint.every_steps", ""),
     "save_total_limit": ("checkpoint.keep_last", ""),
     "eval_steps": ("evaluation.every_steps", ""),
+    "load_best_model_at_end": ("checkpoint.final", "best"),
     "early_stopping_patience": ("evaluation.early_stopping.patience", ""),
     "logging_steps": ("logging.every_steps", ""),
     "report_to": ("logging.trackers", ""),

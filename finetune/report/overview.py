@@ -49,7 +49,10 @@ def _loss_facts(run: RunFiles) -> Iterator[tuple[str, str, str]]:
             f"{numbers.decimal(losses[0][1])} at step {losses[0][0]:,}",
         )
     if (best := run.best_validation) is not None:
-        yield "best validation loss", numbers.decimal(best[1]), f"at step {best[0]:,}"
+        training = run.results.get("training")
+        is_adapters = isinstance(training, dict) and training.get("adapter_step") == best[0] != run.step
+        remark = f"at step {best[0]:,}" + (", which the adapter is from" if is_adapters else "")
+        yield "best validation loss", numbers.decimal(best[1]), remark
 
 
 def _work_facts(run: RunFiles) -> Iterator[tuple[str, str, str]]:

@@ -52,7 +52,8 @@ class NonFiniteStop(L.Callback):
             self._check(arrived[0], *arrived[1])
 
     def _check(self, values: torch.Tensor, batch: StepBatch, result: StepResult) -> None:
-        if torch.isfinite(values).all():
+        # Gradients alone that are not finite under a loss scaler are its business: it has left the step out.
+        if torch.isfinite(values[:1] if result.overflowed else values).all():
             return
         losses = [loss.item() for loss in result.micro_losses]
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
@@ -124,6 +125,7 @@ class Meter(L.Callback):
             "grad_norm": module.last.grad_norm.item(),
             "lr": module.last.lr,
             "validation_loss": self._state.validation_loss if self._state.validated_at == module.step else None,
+            "skipped_steps": self._state.num_skipped_steps,
             "supervised_tokens": supervised,
             "tokens": self._state.tokens,
             "tokens_per_second": round(speed, 1),

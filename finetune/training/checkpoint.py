@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftModel
 
-from finetune.console import warn
+from finetune.console import say, warn
 from finetune.errors import BadInputError, FinetuneError, ModelError
 from finetune.files import damage_of, new_directory, sha256_file, write_atomic, write_failure
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_weights
@@ -183,8 +184,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, json.loads((path / MANIFEST).read_text())["step"])
 
 
-def restore(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the adapter and the optimizer's state in place; the whole trainer state is returned.
+def restore(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
+    """Load the adapter and the state of the optimizer, which is `name`, in place; the whole trainer state is returned.
+
+    The state of another optimizer is not taken, and settings stay those of `optimizer`.
 
     Raises:
         ModelError: if the adapter does not fit the model, or the state holds what only running code could restore.
@@ -198,8 +201,21 @@ def restore(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Opt
             f"{path}: refused: it holds more than tensors and plain values, and nothing in it is run; "
             "take a checkpoint from where you trust it, or remove this one"
         ) from error
-    optimizer.load_state_dict(state["optimizer"])
+    before = yaml.safe_load((checkpoint.path / RECIPE).read_text())["training"]["optimizer"]["name"]
+    if before == name:
+        optimizer.load_state_dict(_with_settings_of(optimizer, state["optimizer"]))
+    else:
+        say(f"training.optimizer.name: {name} was {before} at step {checkpoint.step}, so its moments start anew")
     return state
+
+
+def _with_settings_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved` with what the recipe now says: an optimizer that loads a state takes its groups' settings too."""
+    groups = [
+        {**old, **{key: value for key, value in new.items() if key != "params"}}
+        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**saved, "param_groups": groups}
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:

@@ -25,7 +25,9 @@ KEEP_FROM_BYTES = 128 * 2**20
 
 
 class CheckpointWriter(L.Callback):
-    """Saves every n steps, every n minutes, at the end and before stopping. One write is under way at a time.
+    """Saves every n steps, every n minutes, where validation loss is the lowest so far, at the end and before stopping.
+
+    One write is under way at a time.
 
     A write that failed ends the run at the end of the step in which that is seen.
     """
@@ -41,7 +43,7 @@ class CheckpointWriter(L.Callback):
         signals: StopSignals,
         resumed: Checkpoint | None,
     ) -> None:
-        self._section = recipe.checkpoint
+        self._section, self._num_best = recipe.checkpoint, recipe.num_best_kept
         self._recipe_text, self._run, self._state = recipe_text, run, state
         self._fingerprints, self._guard, self._signals = fingerprints, guard, signals
         self._last_time = time.monotonic()
@@ -65,6 +67,7 @@ class CheckpointWriter(L.Callback):
             self._finish()
         section = self._section
         due = section.every_steps is not None and module.step % section.every_steps == 0
+        due = due or (self._num_best > 0 and self._state.best_step == module.step)
         if section.every_minutes is not None:
             elapsed = time.monotonic() - self._last_time >= 60 * section.every_minutes
             # Rank 0's clock decides: every rank must come to the same answer.
@@ -102,9 +105,9 @@ class CheckpointWriter(L.Callback):
             trainer.strategy.barrier()
 
     def _write(self, snapshot: Snapshot, adapter_config: str) -> Checkpoint:
-        section, folder = self._section, self._run.checkpoints
+        folder = self._run.checkpoints
         checkpoint = write_checkpoint(folder, snapshot, adapter_config, self._recipe_text, self._fingerprints)
-        prune(folder, keep_last=section.keep_last, keep_best=section.keep_best)
+        prune(folder, keep_last=self._section.keep_last, keep_best=self._num_best)
         self._signals.saved = f"step {checkpoint.step} is saved in {checkpoint.path}"
         return checkpoint
 

@@ -286,7 +286,7 @@ def _check_disk(checkup: Checkup) -> Iterator[Finding]:
     recipe = checkup.recipe
     weights = checkup.planner.weights(recipe)
     state = 4 * weights.num_trainable + optimizer_bytes(weights.trainable, recipe.training.optimizer)
-    saved = (recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1) * state + 4 * weights.num_trainable
+    saved = (recipe.checkpoint.keep_last + recipe.num_best_kept + 1) * state + 4 * weights.num_trainable
     download = 0 if checkup.source.is_local else 2 * weights.num_parameters
     free = shutil.disk_usage(existing_parent(Path(recipe.output_dir))).free
     text = f"{format_bytes(saved)} of checkpoints" + (f", {format_bytes(download)} of weights" if download else "")

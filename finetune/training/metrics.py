@@ -16,6 +16,7 @@ COLUMNS = (
     "grad_norm",
     "lr",
     "validation_loss",
+    "skipped_steps",
     "supervised_tokens",
     "tokens",
     "tokens_per_second",

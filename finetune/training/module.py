@@ -19,17 +19,17 @@ from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.offload import offloaded
-from finetune.machine import release_freed_memory
+from finetune.machine import is_out_of_memory, naming_out_of_memory, release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse
 from finetune.models.heads import check_head, checkpoint_layers, decoder_layers, decoder_of, supervised_loss
-from finetune.models.load import fit_vocabulary, load_base
+from finetune.models.load import LESS_FOR_LOADING, fit_vocabulary, load_base
 from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
-from finetune.training.out_of_memory import Halving, is_out_of_memory, out_of_memory_message
+from finetune.training.out_of_memory import LESS_FOR_OPTIMIZER, Halving, out_of_memory_message
 from finetune.training.steps import StepBatch, seed_micro_step
 from finetune.training.strategy import Placement, move_replicated, shard_base
 from finetune.training.turns import in_turn
@@ -63,6 +63,7 @@ class StepResult:
     grad_norm: torch.Tensor  # before clipping
     lr: float
     micro_losses: list[torch.Tensor]
+    overflowed: bool = False  # a loss scaler has left the step out
 
 
 class FinetuneModule(L.LightningModule):
@@ -81,6 +82,7 @@ class FinetuneModule(L.LightningModule):
         self.num_steps = num_steps
         self.step = 0
         self.num_skipped_steps = 0
+        self._has_said_overflow = False
         self.last: StepResult | None = None
         self.last_batch: StepBatch | None = None
         self.halving: Halving | None = None
@@ -90,6 +92,13 @@ class FinetuneModule(L.LightningModule):
         """The adapted model."""
         return self.loss_model.model
 
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of 16-mixed."""
+        scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler
+
+    @naming_out_of_memory("while the model was loaded", LESS_FOR_LOADING)
     def configure_model(self) -> None:
         """Load, quantize, adapt and (for FSDP) shard. Called by Lightning in every process."""
         if hasattr(self, "loss_model"):
@@ -192,7 +201,10 @@ class FinetuneModule(L.LightningModule):
         if training.on_non_finite == "skip" and not self._is_finite():
             self.num_skipped_steps += 1
         else:
-            optimizer.step()  # type: ignore[union-attr]
+            with naming_out_of_memory(f"in the optimizer's step {self.step + 1}", LESS_FOR_OPTIMIZER):
+                optimizer.step()  # type: ignore[union-attr]
+            if self.last.overflowed:
+                self._count_overflow()
         self.gradients.zero()
         self.step += 1
 
@@ -235,9 +247,39 @@ class FinetuneModule(L.LightningModule):
         """Measure and clip: here a loss scaler has unscaled the gradients already."""
         assert self.last is not None
         self.last.grad_norm = self.gradients.norm()
+        # The scaler waits for the same look at the gradients.
+        self.last.overflowed = self.scaler is not None and not bool(torch.isfinite(self.last.grad_norm))
         if self.recipe.training.max_grad_norm is not None:
             self.gradients.clip(self.last.grad_norm, self.recipe.training.max_grad_norm)
 
     def _is_finite(self) -> bool:
         assert self.last is not None
-        return bool(torch.isfinite(self.last.loss) & torch.isfinite(self.gradients.norm()))
+        finite = torch.isfinite(self.last.loss)
+        if self.scaler is None:  # with one, gradients are still scaled, and an overflow is the scaler's to see
+            finite = finite & torch.isfinite(self.gradients.norm())
+        return bool(finite)
+
+    def _count_overflow(self) -> None:
+        """Count a step that the loss scaler has left out for gradients too large for fp16; every rank counts alike.
+
+        Raises:
+            FinetuneError: if the loss is finite and the scale so small by now that it is not the scale's fault.
+        """
+        assert self.last is not None and self.scaler is not None
+        self.num_skipped_steps += 1
+        if not bool(torch.isfinite(self.last.loss)):
+            return  # `NonFiniteStop` says so
+        scale, step = self.scaler.get_scale(), self.step + 1
+        if scale < 1:
+            raise FinetuneError(
+                f"step {step}: the gradients do not fit fp16 at any scale: under training.precision: 16-mixed the loss "
+                f"scale has fallen to {scale:g} by steps that were left out, one after the other.\n"
+                "  Use training.precision: bf16-mixed (32-true on a GPU without bf16), or lower training.optimizer.lr; "
+                "go on from an earlier checkpoint by --resume and --accept-changes, or start anew by --fresh."
+            )
+        if not self._has_said_overflow:
+            self._has_said_overflow = True
+            say(
+                f"step {step}: left out, its gradients overflowed fp16; the loss scale is {scale:g} now. "
+                "Ordinary under 16-mixed; skipped_steps in metrics.csv counts such steps"
+            )

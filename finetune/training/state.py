@@ -17,17 +17,20 @@ class RunState:
     validation_loss: float | None = None
     validated_at: int | None = None
     put_off_at: int | None = None  # the step whose validation a stop signal has left for the continued run
-    best_validation_loss: float | None = None
+    best_validation_loss: float | None = None  # of early stopping: better by min_delta than the one before
     bad_validations: int = 0
+    lowest_loss: float | None = None  # of all validations
+    best_step: int | None = None  # where that was
     num_skipped_steps: int = 0
     tokens: int = 0
     unlogged_supervised: int = 0  # supervised tokens since the last row of metrics.csv
     seconds: float = 0.0
     stop_reason: str | None = field(default=None)  # early_stopping or the name of a signal; not kept
+    adapter_step: int | None = None  # whose weights the final adapter has; not kept
 
     def to_progress(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {key: value for key, value in vars(self).items() if key != "stop_reason"}
+        return {key: value for key, value in vars(self).items() if key not in ("stop_reason", "adapter_step")}
 
     def load(self, progress: dict[str, Any]) -> None:
         """Take the values of a checkpoint."""

@@ -31,6 +31,7 @@ from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
 from finetune.stop_signals import StopSignals, blocked, leave_to_parent
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
+from finetune.training.best import take_best
 from finetune.training.callbacks import Meter, NonFiniteStop
 from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore, write_parts
 from finetune.training.checkpoint_writer import CheckpointWriter
@@ -199,8 +200,10 @@ class _Flow(L.Callback):
             self._before(module)
             return
         optimizer = module.optimizers(use_pl_optimizer=False)
-        saved = restore(self._checkpoint, module.model, optimizer)  # type: ignore[arg-type]
-        trainer.precision_plugin.load_state_dict(saved["scaler"])
+        name = module.recipe.training.optimizer.name
+        saved = restore(self._checkpoint, module.model, optimizer, name)  # type: ignore[arg-type]
+        if saved["scaler"]:  # empty where the precision had none
+            trainer.precision_plugin.load_state_dict(saved["scaler"])
         self._state.load(self._checkpoint.progress)
         module.step = self._state.step = self._checkpoint.step
         module.num_skipped_steps = self._state.num_skipped_steps
@@ -209,7 +212,16 @@ class _Flow(L.Callback):
         progress.total.completed = progress.total.ready = module.step
 
     def on_train_end(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
-        if trainer.is_global_zero and not self._state.is_preempted:
+        if self._state.is_preempted:
+            return
+        if module.placement.sharded:
+            # A validation leaves the root whole, and what rank 0 alone does with the state would split it there alone.
+            root: Any = module.loss_model
+            root.reshard()
+        self._state.adapter_step = module.step
+        if module.recipe.ends_with_best:
+            take_best(trainer, module, self._run, self._state)
+        if trainer.is_global_zero:
             save_final_adapter(self._job, self._run, module)
 
 

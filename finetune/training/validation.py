@@ -18,9 +18,11 @@ from finetune.data.dataset import TokenDataset
 from finetune.files import naming, write_atomic
 from finetune.inference.generate import Sampling, generate
 from finetune.inference.mode import inference_mode
+from finetune.machine import naming_out_of_memory
 from finetune.recipe.schema import EvaluationSection, Recipe
 from finetune.run_dir import RunDir
 from finetune.training.module import FinetuneModule
+from finetune.training.out_of_memory import LESS_FOR_VALIDATION
 from finetune.training.state import RunState
 from finetune.training.steps import StepDataset, evaluation_steps
 
@@ -151,6 +153,7 @@ class Validation(L.Callback):
             if not self._state.is_preempted:
                 self._validate(trainer, module)
 
+    @naming_out_of_memory("in a validation", LESS_FOR_VALIDATION)
     def _validate(self, trainer: L.Trainer, module: FinetuneModule) -> None:
         def advance(count: int) -> None:
             bar.advance(count)
@@ -165,6 +168,8 @@ class Validation(L.Callback):
         write_samples(module, self._samples.dataset, self._stop_token_ids, self._section, self._run)
         state = self._state
         state.validation_loss, state.validated_at, state.put_off_at = loss, module.step, None
+        if not math.isnan(loss) and (state.lowest_loss is None or loss < state.lowest_loss):
+            state.lowest_loss, state.best_step = loss, module.step
         say(f"step {module.step}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 80)):.2f}")
         stopping = self._section.early_stopping
         margin = stopping.min_delta if stopping else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -113,6 +115,24 @@ def test_fm18_a_run_goes_on_with_another_number_of_processes(tiny: Callable[...,
         launch(recipe, processes, "distributed.strategy=ddp")
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
     assert distance(whole, run) < 1e-5
+
+
+def test_every_process_ends_with_the_best_weights(tiny: Callable[..., Path]) -> None:
+    """A learning rate at which validation loss soon rises; the sharded base and the measurement are of all ranks."""
+    sections: dict[str, Any] = {
+        "training": {"max_steps": 2, "optimizer": {"lr": 1.0}, "schedule": {"name": "constant", "warmup_steps": 0}},
+        "data": {"validation": {"size": 4}},
+        "evaluation": {"every_steps": 1, "metrics": ["perplexity"]},
+        "checkpoint": {"every_steps": None, "keep_last": 1, "final": "best"},
+    }
+    run = launch(tiny("best", "llama", **sections), 2, "distributed.strategy=fsdp")
+    scored = {int(row["step"] or 0): float(row["validation_loss"] or 0.0) for row in read_metrics(run.metrics)}
+    best = min(scored, key=lambda step: scored[step])
+    assert best == 1
+    saved = run.checkpoints / f"step-{best:06d}" / WEIGHTS_NAME
+    assert (run.adapter / WEIGHTS_NAME).read_bytes() == saved.read_bytes()
+    after = json.loads(run.results.read_text())["after"]["metrics"]["perplexity"]
+    assert after == pytest.approx(math.exp(min(scored[best], 80.0)), rel=1e-4)
 
 
 def test_our_own_launcher_starts_the_other_processes(tiny: Callable[..., Path]) -> None:

@@ -8,6 +8,8 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
 from finetune.models.four_bit import dequantize_4bit
+from finetune.models.load import quantization_config
+from finetune.recipe.schema import ModelSection
 
 
 def reference(codes: torch.Tensor, state: object) -> torch.Tensor:
@@ -35,3 +37,20 @@ def test_a_layer_computes_with_these_values(tokens: int) -> None:
     x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(1))
     want = x @ reference(layer.weight.data, layer.weight.quant_state).t()
     assert (layer(x) - want).norm() < 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "precision", "dtype"),
+    [
+        ("auto", "16-mixed", torch.float16),
+        ("auto", "bf16-mixed", torch.bfloat16),
+        ("auto", "32-true", torch.bfloat16),
+        ("bf16", "16-mixed", torch.bfloat16),
+    ],
+)
+def test_products_are_computed_in_what_the_precision_computes_in(
+    chosen: str, precision: str, dtype: torch.dtype
+) -> None:
+    section = ModelSection(name="any", quantization="nf4", compute_dtype=chosen)
+    settings = quantization_config(section, precision, shardable=False)
+    assert settings is not None and settings.bnb_4bit_compute_dtype == dtype

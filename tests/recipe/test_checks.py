@@ -95,6 +95,7 @@ REFUSED = [
         "evaluation.early_stopping",
         "never measured while training",
     ),
+    (["checkpoint.final=best"], "checkpoint.final", "best, but validation loss is never measured"),
     (["hub.push=true"], "hub.push", "set hub.repo_id"),
 ]
 
@@ -116,6 +117,7 @@ ACCEPTED = [
     ["data.packing=none"],
     ["data.validation.size=0.1", "evaluation.every_steps=5", "evaluation.early_stopping={}"],
     ["data.validation.source={path: a/b}", "evaluation.every_steps=5"],
+    ["data.validation.size=0.1", "evaluation.every_steps=5", "checkpoint.final=best"],
     ["training.epochs=null", "training.max_steps=5"],
     ["training.max_steps=10", "training.schedule.warmup_steps=9"],
     ["training.micro_batch_size=16"],

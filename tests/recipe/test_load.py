@@ -359,7 +359,7 @@ def test_every_switch_is_a_synonym() -> None:
 def test_unknown_key_with_nothing_near_lists_the_keys(tmp_path: Path) -> None:
     (said,) = errors_of(write(tmp_path, f"{MINIMAL}checkpoint:\n  zzz: 1\n"))
     assert said.endswith(
-        "unknown key; checkpoint accepts every_steps, every_minutes, keep_last, keep_best, grace_seconds"
+        "unknown key; checkpoint accepts every_steps, every_minutes, keep_last, keep_best, final, grace_seconds"
     )
 
 

@@ -16,6 +16,7 @@ from finetune.run_dir import RunDir
 from finetune.training.metrics import read_metrics
 from tests.fork_server import ForkedRun, ForkServer
 from tests.tiny import CONFIGS, alpaca_rows, tiny_recipe, write_jsonl, write_recipe, write_tokenizer
+from tests.training.conftest import RunTiny
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +105,55 @@ def test_fm22_a_validation_keeps_no_logits(folder: Path, server: ForkServer) -> 
         assert run.wait() == 0, run.output
         peaks[batches] = run.validation_bytes[1]  # the first one warms up
     assert peaks[200] < peaks[10] + 50_000_000, peaks
+
+
+def cuda(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def host(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 2 bytes.")
+
+
+def python(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
+PHASES = [
+    ("transformers.AutoModelForCausalLM.from_pretrained", cuda, "while the base was loaded", "model.quantization"),
+    ("transformers.AutoModelForCausalLM.from_pretrained", python, "while the base was loaded", "fsdp"),
+    ("finetune.training.module.attach_adapter", host, "while the model was loaded", "model.quantization"),
+    ("torch.optim.AdamW.step", cuda, "in the optimizer's step 1", "paged_adamw_8bit"),
+    ("finetune.training.validation.mean_loss", host, "in a validation", "training.micro_batch_size"),
+    ("finetune.training.validation.write_samples", cuda, "in a validation", "evaluation.max_new_tokens"),
+    ("finetune.evaluation.task.evaluate_task", cuda, "while the trained adapter was measured", "evaluation.batch_size"),
+]
+
+
+@pytest.mark.parametrize(("place", "failure", "phase", "key"), PHASES)
+def test_every_phase_that_runs_out_of_memory_is_named_with_its_keys(
+    place: str,
+    failure: Any,
+    phase: str,
+    key: str,
+    run_tiny: RunTiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(place, failure)
+    evaluation = {"every_steps": 1, "metrics": ["exact_match"], "max_new_tokens": 2}
+    run_tiny(expect=1, training={"max_steps": 1}, data={"validation": {"size": 4}}, evaluation=evaluation)
+    said = capsys.readouterr().err
+    assert f"error: out of memory {phase}, after " in said and key in said
+    assert "Traceback" not in said and "bug in finetune" not in said
+
+
+def test_what_a_loader_only_notes_is_out_of_memory_too(
+    run_tiny: RunTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers keeps the error of a weight that it quantizes, and raises another at the end."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.integrations.bitsandbytes.Bnb4bitQuantize.convert", cuda)
+    run_tiny(expect=1, model={"quantization": "nf4"})
+    said = capsys.readouterr().err
+    assert "error: out of memory while the base was loaded" in said and "bug in finetune" not in said

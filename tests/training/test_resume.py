@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.data import template
 from finetune.inference.load import load_run
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.recipe.load import load_recipe
+from finetune.training.checkpoint import STATE
 from finetune.training.metrics import read_metrics
 from finetune.training.resume import changed_keys
 from tests.tiny import CHATML, alpaca_rows, write_jsonl, write_model
@@ -54,6 +56,31 @@ def test_an_accepted_change_goes_on(run_tiny: RunTiny, capsys: pytest.CaptureFix
     run_tiny(arguments=("--accept-changes",), checkpoint=EVERY_STEP, training={"optimizer": {"lr": 0.02}})
     assert "changed since step 2: training.optimizer.lr: 0.01 -> 0.02" in capsys.readouterr().err
     assert run.adapter.is_dir()
+
+
+@pytest.mark.parametrize("name", ["adamw", "paged_lion_8bit"])
+def test_accepted_settings_of_the_optimizer_are_used(name: str, run_tiny: RunTiny) -> None:
+    def sections(**values: Any) -> dict[str, Any]:
+        return {"checkpoint": EVERY_STEP, "training": {"optimizer": {"name": name, "lr": 1e-3, **values}}}
+
+    run = run_tiny(**sections())
+    interrupt_after(run, 2)
+    run_tiny(arguments=("--accept-changes",), **sections(weight_decay=0.5, betas=[0.8, 0.9]))
+    state = torch.load(run.checkpoints / "step-000004" / STATE, weights_only=True)["optimizer"]
+    assert [(group["weight_decay"], tuple(group["betas"])) for group in state["param_groups"]] == [(0.5, (0.8, 0.9))]
+    assert {int(entry["step"]) for entry in state["state"].values()} == {4}  # the moments are those of before
+
+
+def test_another_optimizer_starts_with_moments_of_its_own(
+    run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    interrupt_after(run, 2)
+    training = {"optimizer": {"name": "lion", "lr": 1e-3}}
+    run_tiny(arguments=("--accept-changes",), checkpoint=EVERY_STEP, training=training)
+    assert "lion was adamw at step 2, so its moments start anew" in capsys.readouterr().err
+    state = torch.load(run.checkpoints / "step-000004" / STATE, weights_only=True)["optimizer"]["state"]
+    assert {int(entry["step"]) for entry in state.values()} == {2}
 
 
 @pytest.mark.parametrize("name", HARMLESS)
