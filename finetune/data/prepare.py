@@ -41,7 +41,8 @@ _TEST_ROWS = "evaluation.source"
 # Keys of the data section that do not shape a source's samples. A new key does until it is listed here.
 _NOT_IN_KEY = {
     "sources",
-    "template",  # its text is in the key, with the date where it prints one
+    "template",  # its text is in the key, with its variables, and with the date where it prints one
+    "template_variables",
     "date",
     "packing",
     "max_tokens",

@@ -60,6 +60,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Chat
     name, source = _find_source(tokenizer, data)
     if name == "chatml":
         source = _chatml_for(tokenizer, source)
+    source = _with_variables(source, data.template_variables)
     has_bos_habit = bos_habit(tokenizer)
     special = dict(tokenizer.special_tokens_map)
     prompt = _probe(name, source, special, [_user()], add_generation_prompt=True)
@@ -226,6 +227,14 @@ def _chatml_for(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
         return source
     say("chatml: the tokenizer has no <|im_end|>; turns end with its EOS token instead")
     return source.replace("'<|im_end|>'", "eos_token")
+
+
+def _with_variables(source: str, variables: Mapping[str, bool | int | float | str]) -> str:
+    """`source` with `variables` set before all else: a server that is told nothing renders the same."""
+    words = {True: "true", False: "false"}
+    values = {name: words[value] if isinstance(value, bool) else json.dumps(value) for name, value in variables.items()}
+    lines = "".join(f"{{%- set {name} = {value} %}}" for name, value in values.items())
+    return source if source.startswith(lines) else lines + source
 
 
 def _user() -> Message:

@@ -127,6 +127,11 @@ CHECKS: tuple[Check, ...] = (
         "adapter.modules_to_save already trains the whole embedding; remove it there, or remove trainable_tokens",
     ),
     Check(
+        "data.template_variables",
+        lambda r: not all(name.isidentifier() for name in r.data.template_variables),
+        "{value}: a name of a Jinja variable has letters, digits and _ alone",
+    ),
+    Check(
         "data.template",
         _is_unknown_template,
         "{value} is no template; accepts one of " + ", ".join(TEMPLATES) + ", or a path that ends in .jinja",

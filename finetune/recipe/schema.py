@@ -124,6 +124,9 @@ class DataSection(Section):
     template: str = Field(
         "auto", description="auto: the tokenizer's own chat template; else alpaca, chatml, plain, or a .jinja file."
     )
+    template_variables: dict[str, bool | int | float | str] = Field(
+        {}, description="What the chat template asks for, e.g. {enable_thinking: false}; kept in the saved template."
+    )
     system: str | None = Field(None, description="System prompt for rows that carry none.")
     date: Annotated[datetime.date, Field(strict=False)] | None = Field(
         None, description="The day that a chat template which prints the date prints; default the run's first."

@@ -46,6 +46,8 @@ SYNONYMS: dict[str, tuple[str, str]] = {
     "test_size": ("data.validation.size", ""),
     "chat_template": ("data.template", ""),
     "prompt_template": ("data.template", ""),
+    "chat_template_kwargs": ("data.template_variables", ""),
+    "enable_thinking": ("data.template_variables", "{enable_thinking: false}"),
     "system_prompt": ("data.system", ""),
     "train_on_inputs": ("data.train_on", "everything"),
     "train_on_input": ("data.train_on", "everything"),

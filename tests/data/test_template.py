@@ -156,6 +156,26 @@ def test_a_rows_own_system_prompt_wins() -> None:
     assert apply_system(row, "Default.", False) == [{"role": "user", "content": "Mine.\n\nx"}]
 
 
+def test_template_variables_are_set_in_the_saved_template(tokenizer_of: Tokenizers, section: Sections) -> None:
+    """As Qwen3's asks for enable_thinking: a server that passes nothing renders what was trained."""
+    asked = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+
+    def prompt_of(**keys: Any) -> tuple[str, str]:
+        tokenizer = tokenizer_of("qwen3")
+        tokenizer.chat_template += "{% if add_generation_prompt %}" + asked + "{{ tone }}{% endif %}"
+        template = load_template(tokenizer, section([], **keys))
+        message = [{"role": "user", "content": "hello"}]
+        served = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        saved = tokenizer.chat_template
+        assert load_template(tokenizer, section([], **keys)).source == template.source
+        assert tokenizer.chat_template == saved
+        return tokenizer.decode(encode_prompt(tokenizer, template, message)), served
+
+    plain, _ = prompt_of()
+    trained, served = prompt_of(template_variables={"enable_thinking": False, "tone": "kind\n"})
+    assert trained == served == plain + "<think></think>kind\n"
+
+
 def test_a_printed_date_is_the_recipes(tokenizer_of: Tokenizers, section: Sections) -> None:
     tokenizer = tokenizer_of("llama3")
     tokenizer.chat_template = own = print_today(tokenizer.chat_template)

@@ -26,6 +26,7 @@ REFUSED = [
         "cannot keep packed samples apart",
     ),
     (["model.attention=flex_attention", "data.packing=shared_prefix"], "model.attention", "packing is shared_prefix"),
+    (["data.template_variables={enable-thinking: false}"], "data.template_variables", "letters, digits and _ alone"),
     (["model.attention=flash_attention_2", "distributed.accelerator=cpu"], "model.attention", "needs CUDA"),
     (["adapter.init=pissa", "model.quantization=nf4"], "adapter.init", "pissa rewrites base weights"),
     (
