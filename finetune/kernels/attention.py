@@ -70,9 +70,9 @@ def segment_attention(
         raise NotImplementedError(
             f"segments attention: a sample is longer than the sliding window of {sliding_window} tokens"
         )
-    if layout and varlen.takes(query):
+    if layout and varlen.takes(query, value):
         out = varlen.varlen_attention(query, key, value, layout, scaling)
-    elif layout and native_attention.takes(query, key):
+    elif layout and native_attention.takes(query, key, value):
         out = native_attention.packed_attention(query, key, value, layout, scaling)
     elif layout:
         out = block_attention(query, key, value, attention_blocks(layout, num_tokens), scaling)

@@ -39,8 +39,8 @@ class _Heads(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("token_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64))
 
 
-def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the kernel computes these: one row in bf16 on a CPU, tokens and head size multiples of 32.
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel computes these: one row in bf16 on a CPU, tokens and the one head size multiples of 32.
 
     Heads of more than 256 are left to torch: the kernel's blocks are sized for less.
     """
@@ -49,6 +49,7 @@ def takes(query: torch.Tensor, key: torch.Tensor) -> bool:
         native.in_memory(query)
         and batch == 1
         and tokens % native.TILE == 0
+        and dim == value.shape[-1]
         and dim % native.TILE == 0
         and dim <= MAX_HEAD_SIZE
         and heads % key.shape[1] == 0

@@ -9,6 +9,7 @@ Shapes: T tokens of the row, H query heads, G key heads, D head size, S sequence
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,10 +19,14 @@ from torch.nn.attention.varlen import varlen_attn
 
 from finetune.kernels.layout import RowLayout
 
-# Flash kernels: Ampere or newer, half precision, heads of at most this size.
+# Flash kernels: Ampere or newer, half precision, queries, keys and values of one head size, a multiple of 8 up to 256.
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_SIZE = 256
+HEAD_SIZE_STEP = 8
 DTYPES = (torch.bfloat16, torch.float16)
+
+# What says that there are fewer key heads than query heads; torch 2.11 has no such argument and needs none.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 Kernel = Callable[..., Any]
 
@@ -69,13 +74,16 @@ def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
-def takes(query: torch.Tensor) -> bool:
+def takes(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the flash kernel runs on this device, dtype and head size."""
+    head_size = query.shape[-1]
     return (
         query.is_cuda
         and torch.version.hip is None
         and query.dtype in DTYPES
-        and query.shape[-1] <= MAX_HEAD_SIZE
+        and head_size == value.shape[-1]
+        and head_size <= MAX_HEAD_SIZE
+        and head_size % HEAD_SIZE_STEP == 0
         and torch.cuda.get_device_capability(query.device) >= MIN_CAPABILITY
     )
 
@@ -106,6 +114,6 @@ def varlen_attention(
         rows.max_k,
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **(GROUPED if q.shape[1] != k.shape[1] else {}),
     )
     return out.transpose(0, 1)[None]

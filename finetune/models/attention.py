@@ -61,10 +61,17 @@ def takes_segments(config: Any, max_seq_len: int) -> bool:
         return False
     if getattr(text, "attn_logit_softcapping", None) is not None or text.to_dict().get("attention_dropout"):
         return False
-    if text.model_type in _RECURRENT or text.model_type == "gpt_oss":
+    if text.model_type in _RECURRENT or text.model_type == "gpt_oss" or _value_size_differs(text):
         return False
     window = sliding_window(text)
     return window is None or max_seq_len <= window
+
+
+def _value_size_differs(text_config: Any) -> bool:
+    """Whether values are of another size than queries and keys, as in most multi-head latent attention."""
+    size = getattr(text_config, "v_head_dim", None)
+    # Of latent attention, head_dim is the rotated part alone.
+    return size is not None and size != getattr(text_config, "qk_head_dim", getattr(text_config, "head_dim", None))
 
 
 def loadable_attention(config: Any, name: str) -> str:

@@ -96,7 +96,7 @@ def test_the_flash_kernel_gives_what_the_dense_mask_gives(layout: Any, heads: in
     *inputs, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     for tensor in inputs:
         tensor.requires_grad_()
-    assert takes(inputs[0])
+    assert takes(inputs[0], inputs[2])
     got = varlen_attention(*inputs, layout, None)
     mask = dense_mask(layout, num_tokens, torch.device("cuda"))
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]

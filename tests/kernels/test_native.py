@@ -70,7 +70,8 @@ def heads(number: int, tokens: int, dim: int, seed: int) -> torch.Tensor:
 def test_attention(layout: str, num_heads: int, kv_heads: int, dim: int) -> None:
     row, tokens = LAYOUTS[layout]
     inputs = [heads(n, tokens, dim, seed) for seed, n in enumerate((num_heads, kv_heads, kv_heads))]
-    assert native_attention.takes(inputs[0], inputs[1])
+    assert native_attention.takes(*inputs)
+    assert not native_attention.takes(*inputs[:2], inputs[2][..., : dim // 2])
     grad = heads(num_heads, tokens, dim, 9).detach()
     out = native_attention.packed_attention(*inputs, row, None)
     got = torch.autograd.grad(out, inputs, grad)
@@ -344,7 +345,7 @@ def test_a_tensor_without_memory_stays_with_torch() -> None:
     with FakeTensorMode():
         x = torch.empty(1, 32, 64, dtype=torch.bfloat16)
         assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
-        assert not native_attention.takes(x[None], x[None]) and not _native_takes(x, [])
+        assert not native_attention.takes(x[None], x[None], x[None]) and not _native_takes(x, [])
         with native.traced():
             assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
 

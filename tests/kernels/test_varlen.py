@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from finetune.kernels import varlen
 from finetune.kernels.layout import Group, dense_mask
 from finetune.kernels.varlen import row_sequences, takes, varlen_attention
 
@@ -21,9 +23,9 @@ ROWS = {
 }
 
 
-def definition(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def definition(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """torch's `varlen_attn` as its documentation and flash attention's say: causal, aligned to the end of both."""
-    assert window_size == (-1, 0) and enable_gqa == (q.shape[1] != k.shape[1])
+    assert window_size == (-1, 0)
     assert max_q == int(starts_q.diff().max()) and max_k == int(starts_k.diff().max())
     assert starts_q.dtype == starts_k.dtype == torch.int32
     parts = []
@@ -38,15 +40,25 @@ def definition(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size,
     return torch.cat(parts)
 
 
+def told_of_groups(q, k, *others, enable_gqa=False, **settings) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """The same as torch 2.13 has it, which refuses fewer key heads where nothing says so."""
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return definition(q, k, *others, **settings)
+
+
 @pytest.mark.parametrize("layout", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("padding", [0, 3])
-def test_sequences_are_the_dense_mask(layout: tuple[Group, ...], padding: int) -> None:
+@pytest.mark.parametrize(("kernel", "grouped"), [(definition, {}), (told_of_groups, {"enable_gqa": True})])
+def test_sequences_are_the_dense_mask(
+    layout: tuple[Group, ...], padding: int, kernel: Any, grouped: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "GROUPED", grouped)
     torch.manual_seed(0)
     num_tokens = sum(group.num_tokens for group in layout) + padding
     query = torch.randn(1, 4, num_tokens, 8, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(1, 2, num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     grad = torch.randn(1, 4, num_tokens, 8, dtype=torch.float64)
-    got = varlen_attention(query, key, value, layout, 0.3, definition)
+    got = varlen_attention(query, key, value, layout, 0.3, kernel)
     mask = dense_mask(layout, num_tokens)
     want = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, want)
@@ -70,8 +82,23 @@ def test_torch_has_the_kernel_and_its_arguments() -> None:
 
     names: dict[str, Any] = dict(inspect.signature(varlen_attn).parameters)
     assert list(names)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert {"scale", "window_size", "enable_gqa"} <= set(names)
+    assert {"scale", "window_size", *varlen.GROUPED} <= set(names)
+    assert set(varlen.GROUPED) == {"enable_gqa"} & set(names)
 
 
 def test_a_cpu_keeps_its_own_kernel() -> None:
-    assert not takes(torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16))
+    x = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    assert not takes(x, x)
+
+
+@pytest.mark.parametrize(
+    ("size", "value_size", "fits"),
+    [(64, 64, True), (256, 256, True), (264, 264, False), (60, 60, False), (192, 128, False)],
+)
+def test_only_head_sizes_of_the_flash_kernel_reach_it(
+    size: int, value_size: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with FakeTensorMode():
+        query, value = (torch.empty(1, 2, 4, n, dtype=torch.bfloat16, device="cuda") for n in (size, value_size))
+        assert takes(query, value) == fits

@@ -98,6 +98,17 @@ def test_fm11_alibi_is_right_in_padded_batches_and_refused_in_packed_rows(
     check_splits("falcon_alibi", splits, run_tiny, model_dir("falcon_alibi"), rows, attention="sdpa")
 
 
+def test_fm11_values_of_another_size_than_queries_are_kept_apart_by_a_dense_mask(
+    run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latent attention as DeepSeek's, its layers dense."""
+    values = {**SIZES, "num_key_value_heads": 4, "intermediate_size": 64, "first_k_dense_replace": 2}
+    ranks = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    monkeypatch.setitem(CONFIGS, "deepseek_v3", lambda: _config("DeepseekV3Config", **values, **ranks))
+    splits = {name: SPLITS[name] for name in ("1 x 8", "packed")}
+    check_splits("deepseek_v3", splits, run_tiny, model_dir("deepseek_v3"), rows)
+
+
 def check_splits(
     architecture: str,
     splits: dict[str, dict[str, Any]],
