@@ -57,7 +57,7 @@ _RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "falcon_mamba", "jam
 def takes_segments(config: Any, max_seq_len: int) -> bool:
     """Whether block attention computes exactly what the model's own attention would."""
     text = config.get_text_config()
-    if not getattr(_model_class(config), "_supports_attention_backend", False):
+    if not _asks_for_segments(config):
         return False
     if getattr(text, "attn_logit_softcapping", None) is not None or text.to_dict().get("attention_dropout"):
         return False
@@ -65,6 +65,14 @@ def takes_segments(config: Any, max_seq_len: int) -> bool:
         return False
     window = sliding_window(text)
     return window is None or max_seq_len <= window
+
+
+def _asks_for_segments(config: Any) -> bool:
+    """Whether the model asks transformers' registry for its attention, or is a Falcon that `models.falcon` answers."""
+    found = _model_class(config)
+    if found is not None and config.model_type == "falcon":
+        return not config.alibi
+    return bool(getattr(found, "_supports_attention_backend", False))
 
 
 def _value_size_differs(text_config: Any) -> bool:

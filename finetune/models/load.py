@@ -136,7 +136,7 @@ def load_base(
         ModelError: if it cannot be found or its files are damaged.
         OutOfMemory: if it does not fit.
     """
-    attention.register()
+    register_attention()
     use_plain_linears()
     if torch.device(device).type == "cpu":
         multiply_in_fp32()
@@ -199,6 +199,14 @@ def fit_vocabulary(base: Any, tokenizer: Any, *, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             base.resize_token_embeddings(len(tokenizer))
+
+
+def register_attention() -> None:
+    """Make `segments` known to transformers, and to Falcon, which has a table of its own."""
+    from finetune.models import falcon
+
+    attention.register()
+    falcon.register()
 
 
 def use_plain_linears() -> None:

@@ -16,10 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError, first_line
-from finetune.kernels import attention
 from finetune.models.adapters import attach_adapter
 from finetune.models.attention import loadable_attention
-from finetune.models.load import base_dtype, use_plain_linears
+from finetune.models.load import base_dtype, register_attention, use_plain_linears
 from finetune.recipe.schema import LoraSection, ModelSection
 
 
@@ -31,7 +30,7 @@ def build_skeleton(
     Raises:
         ModelError: if transformers has no causal language model for the configuration.
     """
-    attention.register()
+    register_attention()
     use_plain_linears()
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

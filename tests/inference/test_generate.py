@@ -7,15 +7,16 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetune.inference.generate import Completion, Sampling, generate, inference_mode
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.models.adapters import attach_adapter
-from finetune.models.load import load_base
+from finetune.models.load import load_base, register_attention
 from finetune.models.sources import find_model
 from finetune.recipe.schema import LoraSection, ModelSection
 from tests.inference.conftest import build_llama
+from tests.tiny import CONFIGS
 
 STOP = [257]
 PROMPTS = [[256, 5, 9], [256, 7], [256, *range(20, 60)], [256, 1, 2, 3, 4, 5], [256, *range(100, 117)]]
@@ -79,6 +80,20 @@ def test_greedy_is_the_argmax_of_the_models_own_forward(llama: Any, tokenizer: A
             with torch.no_grad():
                 assert llama(torch.tensor([ids])).logits[0, -1].argmax() == token
             ids.append(token)
+
+
+def test_a_falcon_that_trains_by_blocks_decodes_as_transformers_does(tokenizer: Any) -> None:
+    register_attention()
+    completions = []
+    for attention in (SEGMENTS, "eager"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS["falcon"](), attn_implementation=attention)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        completions.append(generate(model, tokenizer, PROMPTS, STOP, Sampling(max_new_tokens=12)))
+        assert model.config._attn_implementation == attention
+    assert completions[0] == completions[1]
+    assert len({completion.text for completion in completions[0]}) > 2
 
 
 def test_results_keep_the_given_order_and_batches_are_told(llama: Any, tokenizer: Any) -> None:

@@ -34,7 +34,7 @@ def model_of(config: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gpt_neox", "falcon"])
 @pytest.mark.parametrize("batch_size", [2, 32])
 def test_completions_are_those_of_each_prompt_alone(architecture: str, batch_size: int, tokenizer: Any) -> None:
     model, sampling = model_of(CONFIGS[architecture]()), Sampling(max_new_tokens=12)

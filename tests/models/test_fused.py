@@ -11,18 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.kernels import native
-from finetune.kernels.attention import NAME, packed_row, register
+from finetune.kernels.attention import NAME, packed_row
 from finetune.kernels.layout import Group, position_ids
 from finetune.kernels.lora import Projection, lora_linears
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.fused import _stored_4bit, expand_4bit, fuse
+from finetune.models.load import register_attention
 from finetune.recipe.schema import LoraSection
 from tests.tiny import CONFIGS
 
 
-def adapted(architecture: str, **adapter: Any) -> Any:
+def adapted(architecture: str, attention: str = "sdpa", **adapter: Any) -> Any:
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation="sdpa").double()
+    base = AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation=attention).double()
     base.requires_grad_(False)
     model = attach_adapter(base, LoraSection(rank=4, **adapter), None, seed=0)
     for parameter in trainable_parameters(model):
@@ -75,11 +76,10 @@ def test_norms_and_swiglu_are_found(architecture: str) -> None:
 
 
 @pytest.mark.skipif(not native.computes_products(), reason="no native kernels for attention here")
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gpt_neox", "falcon"])
 def test_native_kernels_are_as_near_to_fp32_as_torch(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(architecture).float()
-    register()
-    model.get_base_model().set_attn_implementation(NAME)
+    register_attention()
+    model = adapted(architecture, NAME).float()
     row = (Group(9, (11, 20)), Group(0, (24,)))
 
     def gradients(dtype: torch.dtype) -> torch.Tensor:
