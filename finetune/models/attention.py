@@ -53,13 +53,16 @@ def why_not_packed(config: Any, attention: str) -> str | None:
 
 _RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "falcon_mamba", "jamba", "falcon_h1", "bamba")
 
+# What configurations call the share of attention weights that is dropped.
+_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
 
 def takes_segments(config: Any, max_seq_len: int) -> bool:
     """Whether block attention computes exactly what the model's own attention would."""
     text = config.get_text_config()
     if not _asks_for_segments(config):
         return False
-    if getattr(text, "attn_logit_softcapping", None) is not None or text.to_dict().get("attention_dropout"):
+    if getattr(text, "attn_logit_softcapping", None) is not None or _drops_attention(text):
         return False
     if text.model_type in _RECURRENT or text.model_type == "gpt_oss" or _value_size_differs(text):
         return False
@@ -73,6 +76,13 @@ def _asks_for_segments(config: Any) -> bool:
     if found is not None and config.model_type == "falcon":
         return not config.alibi
     return bool(getattr(found, "_supports_attention_backend", False))
+
+
+def _drops_attention(text_config: Any) -> bool:
+    """Whether training drops attention weights; DBRX says so in a section of its own."""
+    values = text_config.to_dict()
+    sections = (values, values.get("attn_config") or {})
+    return any(section.get(name) for section in sections for name in _ATTENTION_DROPOUT)
 
 
 def _value_size_differs(text_config: Any) -> bool:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from finetune.console import say
 from finetune.data.batches import MicroBatch, empty_batch
 from finetune.errors import FinetuneError
+from finetune.inference.mode import inference_mode
 from finetune.kernels import native
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
@@ -122,7 +123,8 @@ class FinetuneModule(L.LightningModule):
             shardable=sharded or source is not self.source,
         )
         fit_vocabulary(base, self.tokenizer, seed=training.seed)
-        check_head(base, self.source.name)
+        with inference_mode(base):  # dropout would draw other masks for each of the two passes
+            check_head(base, self.source.name)
         checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
         fused = fuse(model, compiled=training.compile)
@@ -217,8 +219,8 @@ class FinetuneModule(L.LightningModule):
         training = self.recipe.training
         losses: list[torch.Tensor] = []
         for index, micro in enumerate(batch.micro_batches):
-            if self.recipe.adapter.dropout > 0:
-                seed_micro_step(training.seed, self.step, index, self.global_rank)
+            # Dropout may be the adapter's or the base model's own.
+            seed_micro_step(training.seed, self.step, index, self.global_rank)
             try:
                 losses.append(self._micro_loss(micro, batch.num_supervised))
             except (RuntimeError, MemoryError) as error:

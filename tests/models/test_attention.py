@@ -15,6 +15,10 @@ from finetune.models.attention import takes_segments
     [
         ("LlamaConfig", {}, True),
         ("LlamaConfig", {"attention_dropout": 0.1}, False),
+        ("GPT2Config", {}, False),
+        ("GPT2Config", {"attn_pdrop": 0.0}, True),
+        ("DbrxConfig", {"attn_config": {"attn_pdrop": 0.1}}, False),
+        ("OPTConfig", {}, True),
         ("DeepseekV2Config", {}, False),
         ("DeepseekV3Config", {}, False),
         ("DeepseekV3Config", {"v_head_dim": 192}, True),

@@ -14,6 +14,7 @@ from finetune.models.adapters import WEIGHTS_NAME
 from finetune.run_dir import RunDir
 from finetune.training.checkpoint import MANIFEST, STATE, damage, newest_checkpoint, prune
 from finetune.training.metrics import read_metrics
+from tests.tiny import CONFIGS, SIZES, _config
 from tests.training.conftest import RunTiny
 
 EVERY_STEP = {"every_steps": 1, "keep_last": 99}
@@ -64,6 +65,26 @@ def test_fm17_fm18_a_resumed_run_ends_in_the_same_bytes(step: int, workers: int,
     interrupt_after(cut, step)
     run_tiny(name="cut", **sections)
     same_ending(whole, cut)
+
+
+# With the dropout of the library's defaults.
+DROPPING = {
+    "gpt2": lambda: _config("GPT2Config", n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "opt": lambda: _config("OPTConfig", **SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=256),
+}
+
+
+@pytest.mark.parametrize("architecture", DROPPING)
+def test_fm17_a_base_with_dropout_of_its_own_resumes_in_the_same_bytes(
+    architecture: str, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, architecture, DROPPING[architecture])
+    sections = {"training": {"max_steps": 2}, "checkpoint": EVERY_STEP, "data": {"packing": "isolated"}}
+    whole = run_tiny(architecture, "whole", **sections)
+    cut = run_tiny(architecture, "cut", **sections)
+    interrupt_after(cut, 1)
+    run_tiny(architecture, "cut", **sections)
+    same_ending(whole, cut, "step-000002")
 
 
 def test_fm21_a_checkpoint_holds_the_adapter_and_no_base(run_tiny: RunTiny) -> None:
