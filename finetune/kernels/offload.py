@@ -15,11 +15,15 @@ MIN_BYTES = 2**20
 Kept = torch.Tensor | tuple[torch.device, torch.Tensor]
 
 
-def offloaded(min_bytes: int = MIN_BYTES) -> Any:
-    """A context: what autograd saves within it lies in host memory until it is used. Parameters stay where they are."""
+def offloaded(min_bytes: int | None = None) -> Any:
+    """A context: what autograd saves within it lies in host memory until it is used. Parameters stay where they are.
+
+    Tensors of fewer than `min_bytes` stay too; None means `MIN_BYTES`.
+    """
+    least = MIN_BYTES if min_bytes is None else min_bytes
 
     def to_host(tensor: torch.Tensor) -> Kept:
-        if isinstance(tensor, torch.nn.Parameter) or tensor.nbytes < min_bytes:
+        if tensor.nbytes < least or _is_weight(tensor):
             return tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return tensor.device, host.copy_(tensor, non_blocking=True)
@@ -31,3 +35,9 @@ def offloaded(min_bytes: int = MIN_BYTES) -> Any:
         return host.to(device, non_blocking=True)
 
     return torch.autograd.graph.saved_tensors_hooks(to_host, to_device)
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one: a linear layer saves its weight transposed."""
+    owner = tensor if tensor._base is None else tensor._base
+    return isinstance(owner, torch.nn.Parameter)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from finetune.kernels.offload import offloaded
 
@@ -33,3 +36,26 @@ def test_activations_are_copied_and_parameters_are_not() -> None:
         y = (weight * torch.ones(64, 64, requires_grad=True)).sum()
     assert y.grad_fn.next_functions[0][0]._saved_other is not None
     assert y.grad_fn.next_functions[0][0]._saved_self.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("shape", [(32, 64), (2, 32, 64)])
+def test_a_linear_layers_weight_stays_where_it_is(trained: bool, shape: tuple[int, ...]) -> None:
+    """It is saved transposed, which is no parameter."""
+    weight = torch.nn.Parameter(torch.ones(128, 64), requires_grad=trained)
+    x = torch.ones(shape, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    to_host = torch.empty_like
+
+    def copied(tensor: torch.Tensor, **settings: Any) -> torch.Tensor:
+        kept.append(tensor)
+        return to_host(tensor, **settings)
+
+    with pytest.MonkeyPatch.context() as patch, offloaded(min_bytes=1):
+        patch.setattr(torch, "empty_like", copied)
+        y = F.linear(x, weight)
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert weight.untyped_storage().data_ptr() not in pointers
+    assert (x.untyped_storage().data_ptr() in pointers) == trained
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full(shape, 128.0))
