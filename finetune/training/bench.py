@@ -23,6 +23,8 @@ from finetune.recipe.load import dump_recipe, load_recipe
 
 PHASES = ("data", "forward", "backward", "optimizer")
 WARMUP_STEPS = 2
+# Of what a failed process wrote: a library's error may say the cause a few lines before its last.
+SHOWN_LINES = 15
 UNFUSED = "unfused"
 # A CPU's native kernels switched off.
 TORCH_KERNELS = "torch_kernels"
@@ -140,7 +142,7 @@ def bench_training(
         for name in variants:
             if results[name].failure is None:
                 say(f"round {number + 1} of {rounds}: {name}")
-                _try(results[name], tasks[name])
+                _try(results[name], tasks[name], say)
     if profile is not None:
         _write_traces(profile, results, tasks, say)
     if not any(result.rounds for result in results.values()):
@@ -174,17 +176,20 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, **task["environment"]}
     done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise FinetuneError(lines[-1])
+        lines = done.stderr.strip().splitlines()[-SHOWN_LINES:]
+        if not lines or done.returncode < 0:
+            lines.append(f"exit code {done.returncode}")
+        raise FinetuneError("\n".join(lines))
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def _try(result: VariantResult, task: dict[str, Any]) -> None:
+def _try(result: VariantResult, task: dict[str, Any], say: Progress) -> None:
     try:
         result.rounds.append(_work(task))
     except FinetuneError as error:
-        result.failure = str(error)
+        say(f"{result.name} did not run:\n{error}")
+        result.failure = str(error).splitlines()[-1]  # a cell of a table
 
 
 def _write_traces(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from finetune.models.flops import needed_flops, packed_counts, padded_counts, tr
 from finetune.models.fused import unfuse
 from finetune.models.heads import decoder_of
 from finetune.recipe.load import load_recipe
-from finetune.training.bench import bench_training, variant_overrides
+from finetune.training.bench import VariantResult, _try, bench_training, variant_overrides
 from finetune.training.bench_worker import measure
 from finetune.training.module import FinetuneModule
 from finetune.training.strategy import build_trainer
@@ -86,6 +87,22 @@ def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(BadInputError, match="packed is none of recipe, none"):
         variant_overrides("nf4+packed")
     assert variant_overrides("nf4+unfused") == (["model.quantization=nf4"], False)
+
+
+def test_a_failed_process_shows_its_last_lines_and_leaves_the_last_for_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = "\n".join(f"line {number}" for number in range(40))
+    done = subprocess.CompletedProcess([], 1, "", written)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    result, said = VariantResult("nf4"), []
+    _try(result, {"environment": {}}, said.append)
+    assert result.failure == "line 39" and result.rounds == []
+    (text,) = said
+    assert text.splitlines() == ["nf4 did not run:", *written.splitlines()[-15:]]
+    done.returncode, done.stderr = -9, ""
+    _try(result, {"environment": {}}, said.append)
+    assert result.failure == "exit code -9"
 
 
 def test_a_variant_with_torchs_kernels_runs_without_the_native_ones(
