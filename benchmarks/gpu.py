@@ -74,6 +74,8 @@ def write_model(folder: Path, shape: dict[str, Any], device: str) -> None:
             flush()
     if shard:
         flush()
+    if device == "cuda":  # the variants' processes need what this one would keep
+        torch.cuda.empty_cache()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,16 @@ def test_the_command_measures_every_variant(tmp_path: Path) -> None:
         assert row["computed_ratio"] < 1  # the preamble is shared
     assert done.stdout.count(" min |") == 3
     assert list(tmp_path.iterdir()) == [figures]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("target", ["test-gpu", "bench-gpu"])
+def test_an_environment_that_is_there_is_used_and_nothing_installed(target: str) -> None:
+    command = ["make", "--no-print-directory", "-n", target, "PYTHON_ENV=/env/bin/python"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    assert "/env/bin/python " in line and ".venv" not in line
 
 
 def test_the_shape_is_falcon_7b() -> None:
