@@ -193,12 +193,22 @@ def _let_go_of_files(base: Any) -> None:
 def fit_vocabulary(base: Any, tokenizer: Any, *, seed: int) -> None:
     """Give `base` a row for every token of `tokenizer`; rows are never removed.
 
-    New rows are drawn around the mean of the old ones: from `seed`, so that a resumed or reloaded run has the same.
+    New rows are drawn around the mean of the old ones: from `seed`, on the CPU, so that a resumed or reloaded run has
+    the same on any device.
     """
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+    weight = base.get_input_embeddings().weight
+    if len(tokenizer) > weight.shape[0]:
+        device = weight.device
+        _move_vocabulary(base, torch.device("cpu"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             base.resize_token_embeddings(len(tokenizer))
+        _move_vocabulary(base, device)
+
+
+def _move_vocabulary(base: Any, device: torch.device) -> None:
+    for part in (base.get_input_embeddings(), base.get_output_embeddings()):
+        part.to(device)
 
 
 def register_attention() -> None:
