@@ -15,6 +15,7 @@ from typing import Any, Literal
 from finetune.errors import BadInputError, ModelError
 from finetune.export.model_card_privacy import holds_local_path, holds_secret
 from finetune.export.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE, RunPlace, find_place, staleness
+from finetune.models.tokenizer_files import TOKENIZER_CONFIG, tokenizer_config_text
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.moved import load_moved_recipe
 from finetune.recipe.paths import path_values
@@ -95,6 +96,8 @@ def collect(given: str | Path, *, merged: bool = False, gguf: Path | None = None
         files.update(_files_of(origin))
     if MERGE_RECORD in files:
         files[MERGE_RECORD] = _merge_record(files[MERGE_RECORD], base)
+    if isinstance(settings := files.get(TOKENIZER_CONFIG), Path):  # perhaps of an earlier version
+        files[TOKENIZER_CONFIG] = tokenizer_config_text(_read_json(settings)).encode()
     recipe = portable_recipe(original, base, has_template=TEMPLATE in files)
     if "base" in fingerprints:
         fingerprints = {**fingerprints, "base": {**fingerprints["base"], "name": base.name}}

@@ -1,5 +1,4 @@
-"""What stands beside a merged model's weights, complete for the programs that read it: configuration, generation
-configuration, tokenizer and chat template."""
+"""What stands beside a merged model's weights and tokenizer, complete for the programs that read it."""
 
 from __future__ import annotations
 
@@ -36,11 +35,13 @@ def write_configs(
     values = json.loads(path.read_text())
     for name in ("_name_or_path", "_model_name_or_path"):  # of the base, and at times a path of someone's machine
         values.pop(name, None)
-    values["dtype"] = str(dtype).removeprefix("torch.")
     values["eos_token_id"] = stop_token_ids[0]
     for name in ("bos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is not None:
             values[name] = getattr(tokenizer, name)
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    for section in (values, *(part for part in values.values() if isinstance(part, dict) and "dtype" in part)):
+        section["dtype"] = section["torch_dtype"] = values["dtype"]  # the latter for transformers 4
     for section in (values, values.get("text_config") or {}):
         if "vocab_size" in section:
             section["vocab_size"] = plan.vocab_size
@@ -82,16 +83,6 @@ def _generation_values(source: ModelSource, config: dict[str, Any], stop_token_i
         if config.get(name) is not None:
             values[name] = config[name]
     return values
-
-
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write the tokenizer, its chat template both as a file of its own and where older programs look for it."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text())
-    if tokenizer.chat_template and "chat_template" not in values:
-        values["chat_template"] = tokenizer.chat_template
-        _write_json(path, values)
 
 
 def _copy_code(folder: Path, config: dict[str, Any], source: ModelSource) -> None:

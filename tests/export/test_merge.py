@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.falcon import modeling_falcon
 
 from finetune.errors import BadInputError, FinetuneError, ModelError
@@ -358,11 +358,14 @@ def test_the_configuration_is_complete(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 10000.0
     assert (config["vocab_size"], config["eos_token_id"], config["dtype"]) == (321, 5, "bfloat16")
+    assert config["torch_dtype"] == "bfloat16"
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert "_name_or_path" not in config and "quantization_config" not in config
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [5, 2]
     saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert saved["chat_template"] == AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert saved["chat_template"] == case.merge.tokenizer.chat_template
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

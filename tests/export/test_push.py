@@ -70,6 +70,7 @@ def test_a_push_is_one_private_commit_of_everything(hub: HubDouble, run: Path, c
     assert {"recipe.yaml", "fingerprints.json", "README.md", "loss.svg"} <= set(pushed)
     for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"):
         assert pushed[name] == (run / "adapter" / name).read_bytes()
+    assert json.loads(pushed["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
     config = json.loads(pushed["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("acme/base", "0" * 40)
     # Nothing on disk is changed, and the same again is no commit.
