@@ -6,12 +6,14 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from finetune import __version__
 from finetune.export.hub_contents import Contents
 from finetune.export.model_card_licence import Licences
 from finetune.export.model_card_privacy import redact
+from finetune.export.places import ADAPTER_WEIGHTS
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import LoraSection, Recipe, SourceSection
 
@@ -218,15 +220,21 @@ def _peft(contents: Contents, repo_id: str) -> str:
 
 
 def _vllm(contents: Contents, repo_id: str, name: str) -> str:
-    adapter = contents.recipe.adapter
-    if not _is_plain(adapter):
-        return f"Servers take plain LoRA only; merge this adapter first: `finetune merge hf://{repo_id}`."
-    rank = max(adapter.rank, *adapter.rank_pattern.values(), 8)
-    allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+    from finetune.export.servers import config_at_hand, lint_vllm, read_facts, vllm_rank
+
+    weights = contents.files[ADAPTER_WEIGHTS]
+    assert isinstance(weights, Path)
+    facts = read_facts(weights.parent, config_at_hand(contents.original.model))
+    if findings := lint_vllm(facts):
+        reasons = "; ".join(finding.what for finding in findings)
+        return f"It does not serve this adapter as it is: {reasons}. Merge it first: `finetune merge hf://{repo_id}`."
     served = contents.base.name if contents.base.on_hub else "PATH_OF_THE_BASE"
     served += f" --revision {contents.base.revision}" if contents.base.on_hub and contents.base.revision else ""
-    flags = f"--tokenizer {repo_id} --enable-lora --max-lora-rank {allowed} --lora-modules {name}={repo_id}"
-    return _code("sh", f"vllm serve {served} {flags}")
+    flags = f"--tokenizer {repo_id} --enable-lora --max-lora-rank {vllm_rank(facts)} --lora-modules {name}={repo_id}"
+    unsure = (
+        f"The base was not at hand; whether vLLM serves adapters of it says `finetune export hf://{repo_id} --to vllm`."
+    )
+    return _code("sh", f"vllm serve {served} {flags}") + ("" if facts.model_type else f"\n\n{unsure}")
 
 
 def _llama_cpp(contents: Contents, repo_id: str, name: str) -> str:

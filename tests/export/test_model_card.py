@@ -9,6 +9,7 @@ import re
 import socket
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -93,6 +94,7 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         'AutoPeftModelForCausalLM.from_pretrained("acme/tickets")',
         f"vllm serve acme/base --revision {'0' * 40} --tokenizer acme/tickets --enable-lora --max-lora-rank 8 "
         "--lora-modules tickets=acme/tickets",
+        "whether vLLM serves adapters of it says `finetune export hf://acme/tickets --to vllm`",
         "finetune export hf://acme/tickets --to gguf-lora",
         "finetune generate hf://acme/tickets --prompt",
         "finetune run hf://acme/tickets",
@@ -155,6 +157,28 @@ def test_servers_are_not_promised_what_they_refuse(tmp_path: Path) -> None:
     body = card_of(collect(dora))[1]
     assert "--enable-lora" not in body and "gguf-lora" not in body
     assert "finetune merge hf://acme/tickets --out tickets-merged\n" in body
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter", "reason"),
+    [
+        ("falcon", {}, "vLLM serves falcon models without adapters only"),
+        ("llama", {"rank_pattern": {"q_proj": 8}}, "rank_pattern and alpha_pattern scale"),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}, "it adapts lm_head"),
+        ("llama", {"rank": 513}, "rank 513 is above vLLM's largest, 512"),
+        ("llama", {}, None),
+    ],
+)
+def test_the_card_promises_of_vllm_what_its_check_does(
+    tmp_path: Path, architecture: str, adapter: dict[str, Any], reason: str | None
+) -> None:
+    base = write_model(tmp_path / "base", architecture)
+    run, _ = build_run(tmp_path, base, name=str(base), adapter={"rank": 4, **adapter})
+    body = card_of(collect(run))[1]
+    assert ("--enable-lora" in body) == (reason is None)
+    if reason is not None:
+        assert f"as it is: {reason}" in body and "Merge it first: `finetune merge hf://acme/tickets`." in body
+    assert "The base was not at hand" not in body
 
 
 def test_licences_come_from_what_is_near(tmp_path: Path) -> None:
