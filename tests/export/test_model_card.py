@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+from gguf import GGUFType
 
+from finetune.errors import ModelError
 from finetune.export.hub_contents import Contents, collect
 from finetune.export.model_card import add_card, card_metadata
 from finetune.export.model_card_licence import Licences, find_licences
@@ -22,7 +24,7 @@ from finetune.export.model_card_privacy import REMOVED, holds_local_path, holds_
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_root
-from tests.export.push_run import CANARIES, HOME, HOST, SHA256, TOKEN, WANDB_KEY, build_run
+from tests.export.push_run import CANARIES, HOME, HOST, SHA256, TOKEN, WANDB_KEY, build_run, write_empty_gguf
 from tests.tiny import write_model
 
 
@@ -140,15 +142,28 @@ def test_an_adapter_alone_has_a_card_without_numbers(run: Path, tmp_path: Path) 
 
 
 def test_cards_of_other_kinds(run: Path, tmp_path: Path) -> None:
-    file = tmp_path / "x.gguf"
-    file.write_bytes(b"GGUF")
-    contents = collect(run, gguf=file)
+    contents = collect(run, gguf=write_empty_gguf(tmp_path / "x.gguf", GGUFType.MODEL))
     metadata, body = card_of(contents)
     assert (metadata["library_name"], metadata["base_model_relation"]) == ("gguf", "quantized")
-    assert "llama-server -hf acme/tickets --hf-file x.gguf" in body
+    assert "llama-server --jinja -hf acme/tickets --hf-file x.gguf" in body
+    assert "(before), and with the adapter, before merging (after)." in body
     contents.kind = "merged"
     assert card_metadata(contents, Licences())["library_name"] == "transformers"
     assert "vllm serve acme/tickets" in card_of(contents)[1]
+
+
+def test_a_gguf_lora_is_an_adapter_of_its_base(run: Path, tmp_path: Path) -> None:
+    metadata, body = card_of(collect(run, gguf=write_empty_gguf(tmp_path / "x.gguf", GGUFType.ADAPTER)))
+    assert (metadata["library_name"], metadata["base_model_relation"]) == ("gguf", "adapter")
+    assert "A LoRA adapter (rank 4) for `acme/base`, as a GGUF file." in body
+    assert "llama-server --jinja -m BASE.gguf --lora x.gguf" in body and "-hf acme" not in body
+    assert "(before), and with this adapter (after)." in body
+
+
+def test_what_is_no_gguf_file_is_not_pushed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"x\.gguf: cannot be read as a GGUF file"):
+        collect(run, gguf=tmp_path / "x.gguf")
 
 
 def test_servers_are_not_promised_what_they_refuse(tmp_path: Path) -> None:
