@@ -370,7 +370,7 @@ def test_the_configuration_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_old_names_of_rope_change_nothing(architecture: str) -> None:
-    config = CONFIGS[architecture]()
+    config = CONFIGS[architecture]().get_text_config()
     values = config.to_dict()
     add_old_rope(values)
     assert isinstance(values["rope_theta"], float)

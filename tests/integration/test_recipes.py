@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "qwen3": "qwen3",
     "mistral": "mistral",
-    "gemma3": "gemma3",
+    "gemma3": "gemma3_images",
     "smollm2": "tied_llama",
 }
 
