@@ -15,6 +15,7 @@ from finetune.export.merge_plan import MergePlan
 from finetune.models.sources import ModelSource
 
 _GENERATION = "generation_config.json"
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Names from before transformers 5, which other programs still read.
 _OLD_ROPE = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 _OLD_NEOX_ROPE = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
@@ -51,6 +52,8 @@ def write_configs(
     _write_json(path, values)
     _write_json(folder / _GENERATION, _generation_values(source, values, stop_token_ids))
     _copy_code(folder, values, source)
+    if config.get_text_config() is not config:
+        _copy_processor(folder, source)
 
 
 def add_old_rope(values: dict[str, Any]) -> None:
@@ -93,6 +96,14 @@ def _copy_code(folder: Path, config: dict[str, Any], source: ModelSource) -> Non
         if path is not None:
             for file in path.parent.glob("*.py"):
                 shutil.copy(file, folder / file.name)
+
+
+def _copy_processor(folder: Path, source: ModelSource) -> None:
+    """What a program needs to show images to a model that reads them too."""
+    for name in _PROCESSOR:
+        path = find_file(source, name)
+        if path is not None:
+            shutil.copy(path, folder / name)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

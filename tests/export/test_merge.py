@@ -368,6 +368,24 @@ def test_the_configuration_is_complete(tmp_path: Path) -> None:
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+def test_a_model_that_reads_images_keeps_what_shows_them_to_it(tmp_path: Path) -> None:
+    case = build(tmp_path, "gemma3_images")
+    path = tmp_path / "base" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"text_config": {**values["text_config"], "dtype": "bfloat16"}}))
+    files = ("preprocessor_config.json", "processor_config.json")
+    for name in files:
+        (tmp_path / "base" / name).write_text('{"size": 8}')
+    case.check()
+    assert all((tmp_path / "out" / name).read_text() == '{"size": 8}' for name in files)
+    base, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed and all("language_model" in name for name in changed)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"]["torch_dtype"] == config["torch_dtype"] == "float32"
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_old_names_of_rope_change_nothing(architecture: str) -> None:
     config = CONFIGS[architecture]().get_text_config()
