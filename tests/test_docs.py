@@ -14,7 +14,7 @@ from finetune.cli import VERBS
 from finetune.recipe.keys import all_keys, place_at
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.recipe.shipped import shipped_recipes
+from finetune.recipe.shipped import describe_recipe, shipped_recipes
 from tests.scripts import ROOT, load_script
 from tests.test_layers import LAYERS
 
@@ -162,6 +162,15 @@ def test_the_readme_opens_with_two_commands_and_what_they_print() -> None:
     for mark in ("demo-output", "test-output"):
         block = text.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
         assert FENCE.search(block.strip()), mark
+
+
+def test_the_demos_recipe_says_of_itself_what_the_readme_shows() -> None:
+    text = text_of(README)
+    said = describe_recipe("demo", shipped_recipes()["smollm2_135m_tickets"])
+    exact_match = re.search(r"^exact_match +([\d.]+)% +([\d.]+)%", text, re.MULTILINE)
+    assert exact_match is not None
+    assert f"{float(exact_match[1]):g} -> {exact_match[2]} %" in said.result
+    assert f"peak memory {said.memory}\n" in text and f"It took {said.time} on" in text
 
 
 def test_the_architecture_names_every_part_of_the_house() -> None:

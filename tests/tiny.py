@@ -30,6 +30,22 @@ def _config(name: str, **values: Any) -> Any:
     return getattr(transformers, name)(vocab_size=320, bos_token_id=1, eos_token_id=2, pad_token_id=2, **values)
 
 
+def _gemma3_images() -> Any:
+    """Gemma 3 as published from 4B on: text and images; its encoder has more layers than its decoder."""
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return transformers.Gemma3Config(
+        text_config=CONFIGS["gemma3"](),
+        vision_config=transformers.SiglipVisionConfig(**vision, image_size=8, patch_size=4, vision_use_head=False),
+        mm_tokens_per_image=4,
+        boi_token_index=317,
+        eoi_token_index=318,
+        image_token_index=319,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _config("LlamaConfig", **SWIGLU),
     "tied_llama": lambda: _config("LlamaConfig", **SWIGLU, tie_word_embeddings=True),
@@ -38,6 +54,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: _config("Gemma3TextConfig", **SWIGLU, sliding_window=64, query_pre_attn_scalar=8),
     # Scores are capped, which neither blocks nor torch's sdpa compute.
     "gemma2": lambda: _config("Gemma2Config", **SWIGLU, sliding_window=64, query_pre_attn_scalar=8),
+    "gemma3_images": _gemma3_images,
     "falcon": lambda: _config("FalconConfig", **SIZES, multi_query=True, parallel_attn=True, alibi=False, bias=False),
     "gpt_neox": lambda: _config("GPTNeoXConfig", **SIZES, intermediate_size=64),
 }

@@ -6,17 +6,23 @@ import argparse
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import say, warn
 from finetune.errors import EXIT_OK, BadInputError, DataError
 
 if TYPE_CHECKING:
+    import torch
+
     from finetune.inference.load import LoadedRun
 
 Message = dict[str, Any]
+
+# What the first bytes of a character are decoded to.
+_UNFINISHED = "\ufffd"
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit or Ctrl-D ends"
 
@@ -122,14 +128,14 @@ def _command(line: str, speakers: list[Speaker]) -> bool:
 
 def _answer(loaded: LoadedRun, speaker: Speaker, arguments: argparse.Namespace, *, alone: bool) -> str | None:
     """Print an answer as it is written and return it; None if the user interrupted it."""
-    pieces: list[str] = []
+    answer = ""
     interrupted = False
     with nullcontext() if alone else dense(loaded, bare=speaker.bare):
         stream = stream_answer(loaded, speaker.conversation(), arguments)
         try:
-            for piece in stream:
-                pieces.append(piece)
-                print(piece, end="", flush=True)
+            for text in stream:
+                print(text[len(answer) :], end="", flush=True)
+                answer = text
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -138,7 +144,7 @@ def _answer(loaded: LoadedRun, speaker: Speaker, arguments: argparse.Namespace, 
     if interrupted:
         say("interrupted; this question and its answer are left out of the conversation")
         return None
-    return "".join(pieces)
+    return answer
 
 
 @contextmanager
@@ -159,13 +165,13 @@ def dense(loaded: LoadedRun, *, bare: bool) -> Iterator[None]:
 def stream_answer(
     loaded: LoadedRun, messages: list[Message], arguments: argparse.Namespace
 ) -> Generator[str, None, None]:
-    """Pieces of the model's answer as they are decoded; closing the iterator stops the model.
+    """The model's answer so far, again whenever it has grown; closing the iterator stops the model.
 
     Raises:
         DataError: the chat template refuses the conversation, or it is longer than the model's context.
     """
     import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+    from transformers import StoppingCriteria, StoppingCriteriaList
 
     from finetune.inference.cache import empty_cache
     from finetune.inference.mode import base_of
@@ -181,9 +187,7 @@ def stream_answer(
     prompt, room = _prompt_ids(loaded, messages)
     ids = torch.tensor([prompt], device=device)
     cache = empty_cache(causal_lm)
-    streamer = TextIteratorStreamer(
-        loaded.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    arriving: SimpleQueue[list[int] | None] = SimpleQueue()
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -194,26 +198,68 @@ def stream_answer(
                 attention_mask=torch.ones_like(ids),
                 generation_config=_generation_config(loaded, arguments, room),
                 stopping_criteria=StoppingCriteriaList([Stopped()]),
-                streamer=streamer,
+                streamer=_Streamer(arriving),
                 **({} if cache is None else {"past_key_values": cache}),
             )
         except BaseException as error:
             errors.append(error)
-            streamer.end()
+            arriving.put(None)
 
-    yield from _pieces(streamer, work, stop)
+    yield from _texts(loaded, _token_ids(arriving, work, stop))
     if errors:
         raise errors[0]
 
 
-def _pieces(streamer: Any, work: Callable[[], None], stop: threading.Event) -> Iterator[str]:
+class _Streamer:
+    """What `generate` streams to: lists of token ids, the prompt's first, and None at the end."""
+
+    def __init__(self, arriving: SimpleQueue[list[int] | None]) -> None:
+        self._arriving = arriving
+
+    def put(self, token_ids: torch.Tensor) -> None:
+        """Take the next ids."""
+        self._arriving.put(token_ids.flatten().tolist())
+
+    def end(self) -> None:
+        """Say that there are no more."""
+        self._arriving.put(None)
+
+
+def _token_ids(
+    arriving: SimpleQueue[list[int] | None], work: Callable[[], None], stop: threading.Event
+) -> Generator[list[int], None, None]:
+    """The new token ids while `work` generates them in a thread, which closing the iterator ends."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        if arriving.get() is not None:  # the prompt; None where generating fails before it
+            yield from iter(arriving.get, None)
     finally:
         stop.set()
         thread.join()
+
+
+def _texts(loaded: LoadedRun, arriving: Generator[list[int], None, None]) -> Iterator[str]:
+    """The text of all ids so far, whenever it has grown, and at last in full.
+
+    Decoded from the first id on each time: a decoder such as Llama 2's takes a space off the beginning of what it is
+    given, which is that of the answer and not of a later line.
+    """
+    ids: list[int] = []
+    shown = ""
+
+    def decode() -> str:
+        text: str = loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    with closing(arriving):
+        for some in arriving:
+            ids += (token for token in some if token not in loaded.template.stop_token_ids)
+            text = decode().rstrip(_UNFINISHED)
+            if len(text) > len(shown) and text.startswith(shown):
+                shown = text
+                yield shown
+    yield decode()
 
 
 def _prompt_ids(loaded: LoadedRun, messages: list[Message]) -> tuple[list[int], int]:

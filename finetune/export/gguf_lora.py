@@ -41,13 +41,14 @@ def write_lora(adapter: Path, config: Any, path: Path, type_name: str, name: str
     Raises:
         ModelError: the architecture is not supported, or the adapter holds what a GGUF LoRA cannot.
     """
-    architecture = find_architecture(config)
+    text = config.get_text_config()
+    architecture = find_architecture(text)
     settings = read_settings(adapter)
     pairs = read_pairs(adapter, settings)
     if any(pair.module == "lm_head" for pair in pairs) and config.tie_word_embeddings:
         raise ModelError(f"{adapter}: changes lm_head, which this model shares with its embeddings; {_REMEDY}")
     alpha = float(settings["lora_alpha"])
-    tensors = [tensor for pair in pairs for tensor in _pair_tensors(pair, alpha, config, architecture, type_name)]
+    tensors = [tensor for pair in pairs for tensor in _pair_tensors(pair, alpha, text, architecture, type_name)]
     writer = GGUFWriter(None, MODEL_ARCH_NAMES[architecture.arch])
     writer.add_type(GGUFType.ADAPTER)
     writer.add_name(name)

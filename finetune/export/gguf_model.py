@@ -21,19 +21,20 @@ from finetune.models.sources import ModelSource
 _HEAD = "lm_head.weight"
 # Buffers that older files carry and llama.cpp computes itself.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+_NOT_TEXT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.")
 
 
 def write_model(folder: Path, path: Path, type_name: str, name: str) -> None:
     """Write the model of `folder` (transformers' format, safetensors) to `path` as GGUF of `type_name`.
 
-    Memory stays at one tensor. `name` is what programs show.
+    Memory stays at one tensor. `name` is what programs show. Of a model that reads images too: its text part.
 
     Raises:
         ModelError: the architecture or the tokenizer is not supported, or a file is missing.
         FinetuneError: the disk is too small, or a weight is not finite or too large for the type.
     """
     config = load_model_config(folder)
-    architecture = find_architecture(config)
+    architecture = find_architecture(config.get_text_config())
     tensors = list_tensors(folder, config, architecture, type_name)
     num_rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     vocabulary = read_vocabulary(folder, num_rows)
@@ -41,7 +42,7 @@ def write_model(folder: Path, path: Path, type_name: str, name: str) -> None:
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(TYPES[type_name][1])
-    architecture.add_keys(writer, config)
+    architecture.add_keys(writer, config.get_text_config())
     add_vocabulary(writer, vocabulary)
     write_gguf(path, writer, tensors)
 
@@ -65,18 +66,20 @@ def list_tensors(folder: Path, config: Any, architecture: Architecture, type_nam
         ModelError: a weight has no place in the architecture.
     """
     files = BaseFiles(ModelSource(str(folder), str(folder), None))
+    text = config.get_text_config()
     found = []
     for name in sorted(files.tensors, key=_natural):
-        if name.endswith(_BUFFERS) or (name == _HEAD and config.tie_word_embeddings):
+        own = text_name(name)
+        if own is None or own.endswith(_BUFFERS) or (own == _HEAD and config.tie_word_embeddings):
             continue
-        target = gguf_name(name, config, architecture)
+        target = gguf_name(name, text, architecture)
         shape = files.tensors[name].shape
 
         def load(name: str = name, target: str = target) -> np.ndarray:
-            return _transformed(files.read(name), name, target, config, architecture)
+            return _transformed(files.read(name), name, target, text, architecture)
 
         found.append(GgufTensor(target, shape, weight_type(target, shape, type_name), load))
-    factors = rope_factors(config) if architecture.add_rope_factors else None
+    factors = rope_factors(text) if architecture.add_rope_factors else None
     if factors is not None:
         found.append(GgufTensor("rope_freqs.weight", factors.shape, TYPES["f32"][0], lambda: factors))
     return found
@@ -89,10 +92,16 @@ def gguf_name(name: str, config: Any, architecture: Architecture) -> str:
         ModelError: it has none.
     """
     names = get_tensor_name_map(architecture.arch, config.num_hidden_layers)
-    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    own = text_name(name)
+    found: str | None = None if own is None else names.get_name(own, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise ModelError(f"GGUF: {name} has no place in llama.cpp's {MODEL_ARCH_NAMES[architecture.arch]}")
     return found
+
+
+def text_name(name: str) -> str | None:
+    """What the text model alone calls a weight of a model that reads images too; None for what is not of its text."""
+    return None if _NOT_TEXT.search(name) else name.replace("language_model.", "", 1)
 
 
 def _transformed(tensor: torch.Tensor, name: str, target: str, config: Any, architecture: Architecture) -> np.ndarray:

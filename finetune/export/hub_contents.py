@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.errors import BadInputError, ModelError
+from finetune.errors import BadInputError, ModelError, first_line
 from finetune.export.model_card_privacy import holds_local_path, holds_secret
 from finetune.export.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE, RunPlace, find_place, staleness
+from finetune.models.tokenizer_files import TOKENIZER_CONFIG, tokenizer_config_text
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.moved import load_moved_recipe
 from finetune.recipe.paths import path_values
@@ -22,7 +23,7 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_root
 from finetune.run_dir import MERGE_RECORD, UNUSABLE, RunDir
 
-Kind = Literal["adapter", "merged", "gguf"]
+Kind = Literal["adapter", "merged", "gguf", "gguf-lora"]
 
 FINGERPRINTS = "fingerprints.json"
 TEMPLATE = "chat_template.jinja"
@@ -59,6 +60,11 @@ class Contents:
     """The run's directory, where the adapter's is in one."""
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether it holds a whole model, and not the adapter that was measured."""
+        return self.kind in ("merged", "gguf")
+
     def sizes(self) -> dict[str, int]:
         """Path in the repository to size in bytes, sorted."""
         sizes = {
@@ -83,11 +89,12 @@ def collect(given: str | Path, *, merged: bool = False, gguf: Path | None = None
     original = load_moved_recipe(origin / RECIPE)
     fingerprints = _read_json(origin / FINGERPRINTS)
     base = name_base(original, fingerprints)
-    kind: Kind = "gguf" if gguf is not None else "merged" if merged or place.is_merged else "adapter"
+    kind: Kind = "merged" if merged or place.is_merged else "adapter"
     files: dict[str, Path | bytes] = {}
     warnings = []
     if gguf is not None:
-        files[gguf.name] = _require_gguf(gguf)
+        kind = _gguf_kind(gguf)
+        files[gguf.name] = gguf
     elif kind == "merged":
         files.update(_files_of(_require_merged(place)))
         warnings += [] if place.is_merged else [text for text in [staleness(place.merged, origin)] if text]
@@ -95,6 +102,8 @@ def collect(given: str | Path, *, merged: bool = False, gguf: Path | None = None
         files.update(_files_of(origin))
     if MERGE_RECORD in files:
         files[MERGE_RECORD] = _merge_record(files[MERGE_RECORD], base)
+    if isinstance(settings := files.get(TOKENIZER_CONFIG), Path):  # perhaps of an earlier version
+        files[TOKENIZER_CONFIG] = tokenizer_config_text(_read_json(settings)).encode()
     recipe = portable_recipe(original, base, has_template=TEMPLATE in files)
     if "base" in fingerprints:
         fingerprints = {**fingerprints, "base": {**fingerprints["base"], "name": base.name}}
@@ -200,10 +209,19 @@ def _require_merged(place: RunPlace) -> Path:
     return folder
 
 
-def _require_gguf(path: Path) -> Path:
+def _gguf_kind(path: Path) -> Kind:
+    """Whether a file is a model, or a LoRA adapter for one; `general.type` says it."""
+    from gguf import GGUFReader
+
     if path.suffix != ".gguf" or not path.is_file():
         raise ModelError(f"--gguf {path}: no such GGUF file; make it first: finetune export RUN --to gguf")
-    return path
+    try:
+        field = GGUFReader(path).get_field("general.type")
+    except Exception as error:
+        raise ModelError(
+            f"--gguf {path}: cannot be read as a GGUF file, export it again: {first_line(error)}"
+        ) from None
+    return "gguf-lora" if field is not None and field.contents() == "adapter" else "gguf"
 
 
 def _adapter_config(adapter: Path, base: BaseModel) -> bytes:

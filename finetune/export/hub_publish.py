@@ -16,7 +16,12 @@ from finetune.export.model_card import add_card
 from finetune.export.model_card_licence import find_licences
 from finetune.recipe.schema import HubSection
 
-_WHAT: dict[Kind, str] = {"adapter": "the adapter", "merged": "the merged model", "gguf": "a GGUF file"}
+_WHAT: dict[Kind, str] = {
+    "adapter": "the adapter",
+    "merged": "the merged model",
+    "gguf": "a GGUF file",
+    "gguf-lora": "the adapter as a GGUF file",
+}
 
 
 @dataclass(frozen=True)

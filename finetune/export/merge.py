@@ -13,7 +13,7 @@ import torch
 
 from finetune.console import progress_bar
 from finetune.errors import BadInputError, FinetuneError, ModelError
-from finetune.export.merge_config import write_configs, write_tokenizer
+from finetune.export.merge_config import write_configs
 from finetune.export.merge_files import BaseFiles, read_tensor, write_shards
 from finetune.export.merge_plan import MergePlan, Weight, build_plan
 from finetune.export.merge_steps import Step
@@ -21,6 +21,7 @@ from finetune.export.merge_weights import LowRank, Rounding, add_low_rank, add_r
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.models.load import DTYPES, base_dtype, load_config
 from finetune.models.sources import ModelSource
+from finetune.models.tokenizer_files import save_tokenizer
 from finetune.recipe.schema import Recipe
 
 Base = Literal["original", "dequantized"]
@@ -118,7 +119,7 @@ class Merge:
 
             write_shards(folder, infos, merged)
         write_configs(folder, self.config, self.source, self.torch_dtype, plan, self.tokenizer, self.stop_token_ids)
-        write_tokenizer(folder, self.tokenizer)
+        save_tokenizer(self.tokenizer, folder)
         return plan
 
     def rounded_weights(self, base: Base) -> Iterator[tuple[str, torch.Tensor]]:

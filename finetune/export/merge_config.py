@@ -1,5 +1,4 @@
-"""What stands beside a merged model's weights, complete for the programs that read it: configuration, generation
-configuration, tokenizer and chat template."""
+"""What stands beside a merged model's weights and tokenizer, complete for the programs that read it."""
 
 from __future__ import annotations
 
@@ -16,6 +15,7 @@ from finetune.export.merge_plan import MergePlan
 from finetune.models.sources import ModelSource
 
 _GENERATION = "generation_config.json"
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Names from before transformers 5, which other programs still read.
 _OLD_ROPE = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 _OLD_NEOX_ROPE = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
@@ -36,11 +36,13 @@ def write_configs(
     values = json.loads(path.read_text())
     for name in ("_name_or_path", "_model_name_or_path"):  # of the base, and at times a path of someone's machine
         values.pop(name, None)
-    values["dtype"] = str(dtype).removeprefix("torch.")
     values["eos_token_id"] = stop_token_ids[0]
     for name in ("bos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is not None:
             values[name] = getattr(tokenizer, name)
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    for section in (values, *(part for part in values.values() if isinstance(part, dict) and "dtype" in part)):
+        section["dtype"] = section["torch_dtype"] = values["dtype"]  # the latter for transformers 4
     for section in (values, values.get("text_config") or {}):
         if "vocab_size" in section:
             section["vocab_size"] = plan.vocab_size
@@ -50,6 +52,8 @@ def write_configs(
     _write_json(path, values)
     _write_json(folder / _GENERATION, _generation_values(source, values, stop_token_ids))
     _copy_code(folder, values, source)
+    if config.get_text_config() is not config:
+        _copy_processor(folder, source)
 
 
 def add_old_rope(values: dict[str, Any]) -> None:
@@ -84,16 +88,6 @@ def _generation_values(source: ModelSource, config: dict[str, Any], stop_token_i
     return values
 
 
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write the tokenizer, its chat template both as a file of its own and where older programs look for it."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text())
-    if tokenizer.chat_template and "chat_template" not in values:
-        values["chat_template"] = tokenizer.chat_template
-        _write_json(path, values)
-
-
 def _copy_code(folder: Path, config: dict[str, Any], source: ModelSource) -> None:
     """The Python files of a model that brings its own."""
     modules = {str(name).rpartition("--")[2].split(".")[0] for name in (config.get("auto_map") or {}).values()}
@@ -102,6 +96,14 @@ def _copy_code(folder: Path, config: dict[str, Any], source: ModelSource) -> Non
         if path is not None:
             for file in path.parent.glob("*.py"):
                 shutil.copy(file, folder / file.name)
+
+
+def _copy_processor(folder: Path, source: ModelSource) -> None:
+    """What a program needs to show images to a model that reads them too."""
+    for name in _PROCESSOR:
+        path = find_file(source, name)
+        if path is not None:
+            shutil.copy(path, folder / name)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

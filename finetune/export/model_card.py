@@ -14,13 +14,15 @@ from typing import Any
 import yaml
 
 from finetune.export import model_card_sections as sections
-from finetune.export.hub_contents import Contents
+from finetune.export.hub_contents import Contents, Kind
 from finetune.export.model_card_licence import Licences
 from finetune.export.model_card_plot import draw_loss, read_curve
 from finetune.export.model_card_privacy import redact
 
 CARD = "README.md"
 LOSS_PLOT = "loss.svg"
+_RELATION: dict[Kind, str] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized", "gguf-lora": "adapter"}
+_LIBRARY: dict[Kind, str] = {"adapter": "peft", "merged": "transformers", "gguf": "gguf", "gguf-lora": "gguf"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def write_card(contents: Contents, repo_id: str, licences: Licences, evidence: E
     recipe, training = contents.recipe, evidence.results.get("training", {})
     parts = [
         sections.opening(contents),
-        sections.results(evidence.results),
-        sections.samples(evidence.results),
+        sections.results(contents, evidence.results),
+        sections.samples(contents, evidence.results),
         sections.usage(contents, repo_id),
         sections.data(contents, evidence.ledger, licences),
         sections.training(contents, training, LOSS_PLOT if evidence.plot else None),
@@ -74,11 +76,11 @@ def card_metadata(contents: Contents, licences: Licences) -> dict[str, Any]:
     recipe = contents.recipe
     metadata: dict[str, Any] = {}
     if contents.base.on_hub:
-        relation = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[contents.kind]
+        relation = _RELATION[contents.kind]
         metadata |= {"base_model": contents.base.name, "base_model_relation": relation}
     if licences.identifier is not None:
         metadata["license"] = licences.identifier
-    metadata["library_name"] = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[contents.kind]
+    metadata["library_name"] = _LIBRARY[contents.kind]
     metadata["pipeline_tag"] = "text-generation"
     datasets = sections.hub_datasets(contents.original)
     if datasets:

@@ -6,12 +6,14 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from finetune import __version__
 from finetune.export.hub_contents import Contents
 from finetune.export.model_card_licence import Licences
 from finetune.export.model_card_privacy import redact
+from finetune.export.places import ADAPTER_WEIGHTS
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import LoraSection, Recipe, SourceSection
 
@@ -33,11 +35,12 @@ def opening(contents: Contents) -> str:
         "adapter": f"A LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}{quantized}) for `{base.name}`.",
         "merged": f"`{base.name}` with a LoRA adapter (rank {adapter.rank}) merged into its weights{quantized}.",
         "gguf": f"A GGUF file of a LoRA fine-tune of `{base.name}` (rank {adapter.rank}{quantized}).",
+        "gguf-lora": f"A LoRA adapter (rank {adapter.rank}{quantized}) for `{base.name}`, as a GGUF file.",
     }
     return f"# {recipe.name}\n\n{what[contents.kind]} Made with `finetune` {__version__} from the recipe below."
 
 
-def results(found: Mapping[str, Any]) -> str:
+def results(contents: Contents, found: Mapping[str, Any]) -> str:
     """Every metric before and after training."""
     after = (found.get("after") or {}).get("metrics") or {}
     before = (found.get("before") or {}).get("metrics") or {}
@@ -48,12 +51,13 @@ def results(found: Mapping[str, Any]) -> str:
         old, new = before.get(name), after.get(name)
         rows.append((name, _value(name, old), _value(name, new), _change(name, old, new)))
     note = "Perplexity: less is better. " if any(name in _LESS_IS_BETTER for name in after) else ""
-    where = "on held-out rows, the bare base (before) against this model (after)"
+    tuned = "with the adapter, before merging" if contents.is_merged else "with this adapter"
+    where = f"on held-out rows: the bare base (before), and {tuned} (after)"
     return f"## Results\n\n{note}Measured {where}.\n\n" + _table(("metric", "before", "after", "change"), rows)
 
 
-def samples(found: Mapping[str, Any]) -> str:
-    """Completions of the bare base and of this model, side by side."""
+def samples(contents: Contents, found: Mapping[str, Any]) -> str:
+    """Completions of the bare base and with the adapter, side by side."""
     before = (found.get("before") or {}).get("samples") or []
     after = (found.get("after") or {}).get("samples") or []
     if not after:
@@ -65,15 +69,18 @@ def samples(found: Mapping[str, Any]) -> str:
         if before:
             row.append(_cell(before[index]["completion"]) if index < len(before) else _MISSING)
         rows.append([*row, _cell(sample["completion"])])
-    return "## Samples\n\nNot chosen: the first held-out rows.\n\n" + _table(headings, rows)
+    merging = " After: with the adapter, before merging." if contents.is_merged else ""
+    return f"## Samples\n\nNot chosen: the first held-out rows.{merging}\n\n" + _table(headings, rows)
 
 
 def usage(contents: Contents, repo_id: str) -> str:
     """How programs load it."""
     name = repo_id.split("/")[1]
-    if contents.kind == "gguf":
+    if contents.kind in ("gguf", "gguf-lora"):
         file = next(file for file in contents.files if file.endswith(".gguf"))
-        served = f"llama-server -hf {repo_id} --hf-file {file}"
+        served = f"llama-server --jinja -hf {repo_id} --hf-file {file}"
+        if contents.kind == "gguf-lora":
+            served = f"hf download {repo_id} {file} --local-dir .\nllama-server --jinja -m BASE.gguf --lora {file}"
         return "## Use\n\n" + _code("sh", f"# llama.cpp\n{served}")
     if contents.kind == "merged":
         load = (
@@ -186,7 +193,7 @@ def limits(contents: Contents) -> str:
             f"- It was trained on the base in {recipe.model.quantization}; on the unquantized base its answers "
             "differ slightly."
         )
-    if contents.kind == "adapter" and not contents.base.on_hub:
+    if not contents.is_merged and not contents.base.on_hub:
         lines.append("- The base is not on the Hub under the name given here: you need a copy of it.")
     return "\n".join(lines)
 
@@ -222,15 +229,21 @@ def _peft(contents: Contents, repo_id: str) -> str:
 
 
 def _vllm(contents: Contents, repo_id: str, name: str) -> str:
-    adapter = contents.recipe.adapter
-    if not _is_plain(adapter):
-        return f"Servers take plain LoRA only; merge this adapter first: `finetune merge hf://{repo_id}`."
-    rank = max(adapter.rank, *adapter.rank_pattern.values(), 8)
-    allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+    from finetune.export.servers import config_at_hand, lint_vllm, read_facts, vllm_rank
+
+    weights = contents.files[ADAPTER_WEIGHTS]
+    assert isinstance(weights, Path)
+    facts = read_facts(weights.parent, config_at_hand(contents.original.model))
+    if findings := lint_vllm(facts):
+        reasons = "; ".join(finding.what for finding in findings)
+        return f"It does not serve this adapter as it is: {reasons}. Merge it first: `finetune merge hf://{repo_id}`."
     served = contents.base.name if contents.base.on_hub else "PATH_OF_THE_BASE"
     served += f" --revision {contents.base.revision}" if contents.base.on_hub and contents.base.revision else ""
-    flags = f"--tokenizer {repo_id} --enable-lora --max-lora-rank {allowed} --lora-modules {name}={repo_id}"
-    return _code("sh", f"vllm serve {served} {flags}")
+    flags = f"--tokenizer {repo_id} --enable-lora --max-lora-rank {vllm_rank(facts)} --lora-modules {name}={repo_id}"
+    unsure = (
+        f"The base was not at hand; whether vLLM serves adapters of it says `finetune export hf://{repo_id} --to vllm`."
+    )
+    return _code("sh", f"vllm serve {served} {flags}") + ("" if facts.model_type else f"\n\n{unsure}")
 
 
 def _llama_cpp(contents: Contents, repo_id: str, name: str) -> str:

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.errors import BadInputError, ModelError
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base
+from finetune.models.sources import find_model
+from finetune.recipe.schema import ModelSection
 
 # Values that --max-lora-rank takes; an adapter's own rank may be any up to it.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,7 +48,7 @@ class AdapterFacts:
     settings: dict[str, Any]  # adapter_config.json
     ranks: dict[str, int]  # adapted module -> rank of its matrices
     others: tuple[str, ...]  # names of tensors that are no LoRA matrix of a linear layer
-    model_type: str  # of the base
+    model_type: str  # of the base; empty where that is not known
     num_layers: int  # of the base
 
     @property
@@ -66,6 +68,8 @@ class Finding:
 def read_facts(adapter: Path, model_config: Any) -> AdapterFacts:
     """The facts of an adapter's directory, from its configuration and the header of its weights.
 
+    Without `model_config`, nothing is known of the base.
+
     Raises:
         ModelError: a file is missing or damaged.
     """
@@ -82,8 +86,23 @@ def read_facts(adapter: Path, model_config: Any) -> AdapterFacts:
                     others.append(bare)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{adapter}: cannot be read as an adapter: {error}") from error
+    if model_config is None:
+        return AdapterFacts(settings, ranks, tuple(others), "", 0)
     text = model_config.get_text_config()
     return AdapterFacts(settings, ranks, tuple(others), text.model_type, text.num_hidden_layers)
+
+
+def config_at_hand(model: ModelSection) -> Any | None:
+    """The configuration of a base that this machine has; None where it would have to be downloaded or trusted."""
+    from transformers import AutoConfig
+
+    if model.gguf_file is not None and not Path(model.name).expanduser().is_dir():
+        return None
+    try:
+        source = find_model(model)
+        return AutoConfig.from_pretrained(source.location, revision=source.revision, local_files_only=True)
+    except Exception:  # whatever the library raises for what is not there
+        return None
 
 
 def lint_vllm(facts: AdapterFacts) -> list[Finding]:

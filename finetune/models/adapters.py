@@ -6,15 +6,17 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError
+from finetune.models.heads import decoder_of
 from finetune.recipe.schema import LoraSection
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -61,7 +63,7 @@ def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
+        target_modules=text_targets(base, adapter.target_modules),
         exclude_modules=adapter.exclude_modules or None,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
@@ -79,15 +81,33 @@ def init_off_the_base(settings: Mapping[str, Any]) -> str | None:
     return init if isinstance(init, str) and init.startswith(_OFF_THE_BASE) else None
 
 
+def text_targets(base: Any, wanted: Literal["all-linear"] | list[str]) -> Literal["all-linear"] | list[str]:
+    """The adapter's targets; of a model that reads images too, the full names of those that text passes through."""
+    if base.config.get_text_config() is base.config:
+        return wanted
+    head = base.get_output_embeddings()
+    inner = {id(module) for module in decoder_of(base).modules()} | {id(head)}
+    modules = [(name, module) for name, module in base.named_modules() if id(module) in inner]
+    if wanted == "all-linear":
+        return [name for name, module in modules if _is_linear(module) and module is not head]
+    return [name for name, _ in modules if any(_is_named(name, target) for target in wanted)] or wanted
+
+
 def linear_names(base: Any) -> list[str]:
     """Short names of the linear layers that an adapter can target, output head excepted."""
     head = base.get_output_embeddings()
-    found = {
-        name.rpartition(".")[2]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    return sorted(found)
+    targets = text_targets(base, "all-linear")
+    if targets == "all-linear":
+        targets = [name for name, module in base.named_modules() if _is_linear(module) and module is not head]
+    return _top_names(targets)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def _top_names(names: Iterable[str]) -> list[str]:
@@ -96,7 +116,7 @@ def _top_names(names: Iterable[str]) -> list[str]:
 
 def _require_modules(key: str, wanted: Iterable[str], names: list[str], candidates: list[str]) -> None:
     for target in wanted:
-        if any(name == target or name.endswith(f".{target}") for name in names):
+        if any(_is_named(name, target) for name in names):
             continue
         near = difflib.get_close_matches(target, candidates, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "."

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from finetune.kernels.layout import RowLayout, attention_blocks
+from finetune.models.heads import decoder_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def training_work(model: PeftModel) -> TrainingWork:
     base: Any = model.get_base_model()
     head = set(base.get_output_embeddings().modules())
     counts = {(in_head, trained): 0 for in_head in (False, True) for trained in (False, True)}
-    for name, module in base.named_modules():
+    for name, module in (*decoder_of(base).named_modules(), *base.get_output_embeddings().named_modules()):
         # The copy that a trained module replaces is never called.
         if "original_module" not in name and (size := _linear_size(module)):
             counts[module in head, module.weight.requires_grad] += size

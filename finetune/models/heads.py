@@ -21,9 +21,10 @@ def decoder_of(causal_lm: Any) -> torch.nn.Module:
     return decoder
 
 
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The transformer blocks of a model: its longest list of modules."""
-    return max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The transformer blocks of a model: the longest list of modules in its decoder, not in an image encoder."""
+    decoder = decoder_of(model) if hasattr(model, "get_decoder") else model
+    return max((module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
 
 
 def checkpoint_layers(causal_lm: Any, wanted: bool | int) -> None:

@@ -82,7 +82,7 @@ def describe_recipe(name: str, path: Path) -> ShippedRecipe:
     measured = said.get("Measured", "")
     is_measured = bool(measured) and not measured.startswith(NOT_MEASURED)
     # The rest of a line that was not measured is why, or what is expected; neither is a result.
-    time = re.search(r"[\d.]+ (?:s|min|minutes|h|hours)\b", measured) if is_measured else None
+    time = re.search(r"[\d.]+ (?:s|min|minutes|h|hours)\b(?: \d+ (?:min|s)\b)?", measured) if is_measured else None
     memory = re.search(r"[\d.]+ [GM]B\b", measured) if is_measured else None
     quantization = recipe.model.quantization
     method = ["QLoRA" if quantization in QUANTIZED_4BIT else "LoRA", f"rank {recipe.adapter.rank}"]

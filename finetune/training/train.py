@@ -26,6 +26,7 @@ from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, adapter_state, c
 from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.sources import ModelSource, find_model, fingerprint
+from finetune.models.tokenizer_files import save_tokenizer
 from finetune.recipe.load import dump_recipe, read_document
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
@@ -251,7 +252,7 @@ def save_final_adapter(job: Job, run: RunDir, module: FinetuneModule) -> None:
     parts: dict[str, Callable[[Path], Any]] = {
         WEIGHTS_NAME: lambda file: save_weights(adapter_state(module.model), file),
         CONFIG_NAME: lambda file: file.write_text(config_text(module.model)),
-        "tokenizer": lambda file: job.tokenizer.save_pretrained(file.parent),
+        "tokenizer": lambda file: save_tokenizer(job.tokenizer, file.parent),
         RECIPE: lambda file: file.write_text(dump_recipe(job.recipe)),
         FINGERPRINTS: lambda file: file.write_text(json.dumps(job.fingerprints, indent=2) + "\n"),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.models.adapters import attach_adapter, save_adapter
@@ -80,6 +81,17 @@ def _write_numbers(run: Path) -> None:
     (run / "ledger.json").write_text(json.dumps({"sources": [source], **totals}))
     rows = "".join(f"{step},{4 / step},{3 / step if step == 4 else ''}\n" for step in (1, 2, 3, 4))
     (run / "metrics.csv").write_text(f"step,loss,validation_loss\n{rows}5,")
+
+
+def write_empty_gguf(path: Path, kind: str) -> Path:
+    """A GGUF file that says what it is and holds nothing."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.falcon import modeling_falcon
 
 from finetune.errors import BadInputError, FinetuneError, ModelError
@@ -358,16 +358,37 @@ def test_the_configuration_is_complete(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 10000.0
     assert (config["vocab_size"], config["eos_token_id"], config["dtype"]) == (321, 5, "bfloat16")
+    assert config["torch_dtype"] == "bfloat16"
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert "_name_or_path" not in config and "quantization_config" not in config
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [5, 2]
     saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert saved["chat_template"] == AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert saved["chat_template"] == case.merge.tokenizer.chat_template
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_model_that_reads_images_keeps_what_shows_them_to_it(tmp_path: Path) -> None:
+    case = build(tmp_path, "gemma3_images")
+    path = tmp_path / "base" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"text_config": {**values["text_config"], "dtype": "bfloat16"}}))
+    files = ("preprocessor_config.json", "processor_config.json")
+    for name in files:
+        (tmp_path / "base" / name).write_text('{"size": 8}')
+    case.check()
+    assert all((tmp_path / "out" / name).read_text() == '{"size": 8}' for name in files)
+    base, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed and all("language_model" in name for name in changed)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"]["torch_dtype"] == config["torch_dtype"] == "float32"
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_old_names_of_rope_change_nothing(architecture: str) -> None:
-    config = CONFIGS[architecture]()
+    config = CONFIGS[architecture]().get_text_config()
     values = config.to_dict()
     add_old_rope(values)
     assert isinstance(values["rope_theta"], float)

@@ -72,6 +72,9 @@ def test_fm05_merge_checks_what_it_has_written(plain_run: Path, capsys: pytest.C
     assert record["check"]["bare"]["kl"] > 0.01
     assert len(record["weights"]) == 14 and record["weights"][0]["steps"][0]["scale"] == 2.0
     assert not (plain_run / "merged" / "UNUSABLE.md").exists()
+    for folder in (plain_run / "adapter", plain_run / "merged"):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "is_local" not in settings
     # Nothing temporary stays, and merging again replaces.
     assert main(["merge", str(plain_run)]) == 0
     assert not [path.name for path in plain_run.iterdir() if path.name.startswith(".merged")]

@@ -9,10 +9,13 @@ import re
 import socket
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from gguf import GGUFType
 
+from finetune.errors import ModelError
 from finetune.export.hub_contents import Contents, collect
 from finetune.export.model_card import add_card, card_metadata
 from finetune.export.model_card_licence import Licences, find_licences
@@ -21,7 +24,7 @@ from finetune.export.model_card_privacy import REMOVED, holds_local_path, holds_
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_root
-from tests.export.push_run import CANARIES, HOME, HOST, SHA256, TOKEN, WANDB_KEY, build_run
+from tests.export.push_run import CANARIES, HOME, HOST, SHA256, TOKEN, WANDB_KEY, build_run, write_empty_gguf
 from tests.tiny import write_model
 
 
@@ -94,6 +97,7 @@ def test_the_card_says_what_is_known(run: Path) -> None:
         'AutoPeftModelForCausalLM.from_pretrained("acme/tickets")',
         f"vllm serve acme/base --revision {'0' * 40} --tokenizer acme/tickets --enable-lora --max-lora-rank 8 "
         "--lora-modules tickets=acme/tickets",
+        "whether vLLM serves adapters of it says `finetune export hf://acme/tickets --to vllm`",
         "finetune export hf://acme/tickets --to gguf-lora",
         "finetune generate hf://acme/tickets --prompt",
         "finetune run hf://acme/tickets",
@@ -139,15 +143,28 @@ def test_an_adapter_alone_has_a_card_without_numbers(run: Path, tmp_path: Path) 
 
 
 def test_cards_of_other_kinds(run: Path, tmp_path: Path) -> None:
-    file = tmp_path / "x.gguf"
-    file.write_bytes(b"GGUF")
-    contents = collect(run, gguf=file)
+    contents = collect(run, gguf=write_empty_gguf(tmp_path / "x.gguf", GGUFType.MODEL))
     metadata, body = card_of(contents)
     assert (metadata["library_name"], metadata["base_model_relation"]) == ("gguf", "quantized")
-    assert "llama-server -hf acme/tickets --hf-file x.gguf" in body
+    assert "llama-server --jinja -hf acme/tickets --hf-file x.gguf" in body
+    assert "(before), and with the adapter, before merging (after)." in body
     contents.kind = "merged"
     assert card_metadata(contents, Licences())["library_name"] == "transformers"
     assert "vllm serve acme/tickets" in card_of(contents)[1]
+
+
+def test_a_gguf_lora_is_an_adapter_of_its_base(run: Path, tmp_path: Path) -> None:
+    metadata, body = card_of(collect(run, gguf=write_empty_gguf(tmp_path / "x.gguf", GGUFType.ADAPTER)))
+    assert (metadata["library_name"], metadata["base_model_relation"]) == ("gguf", "adapter")
+    assert "A LoRA adapter (rank 4) for `acme/base`, as a GGUF file." in body
+    assert "llama-server --jinja -m BASE.gguf --lora x.gguf" in body and "-hf acme" not in body
+    assert "(before), and with this adapter (after)." in body
+
+
+def test_what_is_no_gguf_file_is_not_pushed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"x\.gguf: cannot be read as a GGUF file"):
+        collect(run, gguf=tmp_path / "x.gguf")
 
 
 def test_servers_are_not_promised_what_they_refuse(tmp_path: Path) -> None:
@@ -156,6 +173,28 @@ def test_servers_are_not_promised_what_they_refuse(tmp_path: Path) -> None:
     body = card_of(collect(dora))[1]
     assert "--enable-lora" not in body and "gguf-lora" not in body
     assert "finetune merge hf://acme/tickets --out tickets-merged\n" in body
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter", "reason"),
+    [
+        ("falcon", {}, "vLLM serves falcon models without adapters only"),
+        ("llama", {"rank_pattern": {"q_proj": 8}}, "rank_pattern and alpha_pattern scale"),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}, "it adapts lm_head"),
+        ("llama", {"rank": 513}, "rank 513 is above vLLM's largest, 512"),
+        ("llama", {}, None),
+    ],
+)
+def test_the_card_promises_of_vllm_what_its_check_does(
+    tmp_path: Path, architecture: str, adapter: dict[str, Any], reason: str | None
+) -> None:
+    base = write_model(tmp_path / "base", architecture)
+    run, _ = build_run(tmp_path, base, name=str(base), adapter={"rank": 4, **adapter})
+    body = card_of(collect(run))[1]
+    assert ("--enable-lora" in body) == (reason is None)
+    if reason is not None:
+        assert f"as it is: {reason}" in body and "Merge it first: `finetune merge hf://acme/tickets`." in body
+    assert "The base was not at hand" not in body
 
 
 def test_licences_come_from_what_is_near(tmp_path: Path) -> None:

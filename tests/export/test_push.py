@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gguf import GGUFType
 
 from finetune.cli import main
 from finetune.errors import BadInputError, FinetuneError
@@ -25,7 +26,7 @@ from finetune.export.places import resolve_repo
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import HubSection
 from finetune.training.train import prepare_job
-from tests.export.push_run import CANARIES, TOKEN, build_run, hub
+from tests.export.push_run import CANARIES, TOKEN, build_run, hub, write_empty_gguf
 from tests.hub_double import SIGNATURE, HubDouble, User
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 
@@ -70,6 +71,7 @@ def test_a_push_is_one_private_commit_of_everything(hub: HubDouble, run: Path, c
     assert {"recipe.yaml", "fingerprints.json", "README.md", "loss.svg"} <= set(pushed)
     for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"):
         assert pushed[name] == (run / "adapter" / name).read_bytes()
+    assert json.loads(pushed["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
     config = json.loads(pushed["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("acme/base", "0" * 40)
     # Nothing on disk is changed, and the same again is no commit.
@@ -322,7 +324,7 @@ def test_the_merged_model_and_a_gguf_file_are_pushed_alone(
     assert record == {"usable": True, "base_model": {"name": "acme/base", "revision": "0" * 40}}
     assert "adapter_config.json" not in hub.files("acme/merged")
     assert hub.files("acme/merged")["model.safetensors"] == (base / "model.safetensors").read_bytes()
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    write_empty_gguf(tmp_path / "x.gguf", GGUFType.MODEL)
     assert main(["push", str(run), "acme/gguf", "--gguf", str(tmp_path / "x.gguf")]) == 0
     assert {"x.gguf", "README.md", "recipe.yaml"} <= set(hub.files("acme/gguf"))
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from finetune.cli import main
 from finetune.commands import chat
+from finetune.data.template import load_template
+from finetune.inference.load import LoadedRun
+from finetune.recipe.schema import Recipe
+from tests.inference.conftest import CHATML, build_llama
 
 MakeRun = Callable[..., tuple[Path, Any]]
 
@@ -99,18 +108,16 @@ def test_a_conversation_past_the_context_is_not_answered(make_run: MakeRun, talk
 def test_an_interrupted_answer_is_forgotten(
     make_run: MakeRun, talk: Any, shown: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import TextIteratorStreamer
-
     run, _ = make_run("adapter")
-    real = TextIteratorStreamer.__next__
     calls = iter((True,))
 
-    def interrupt(streamer: Any) -> str:
-        if next(calls, False):
-            raise KeyboardInterrupt
-        return real(streamer)
+    class Interrupted(SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            if next(calls, False):
+                raise KeyboardInterrupt
+            return super().get(block, timeout)
 
-    monkeypatch.setattr(TextIteratorStreamer, "__next__", interrupt)
+    monkeypatch.setattr(chat, "SimpleQueue", Interrupted)
     _, err = talk(run, "one", "two")
     assert "interrupted" in err
     assert [message["content"] for message in shown[1]] == ["Be brief.", "two"]
@@ -124,6 +131,45 @@ def test_a_failure_in_the_model_is_not_swallowed(
     monkeypatch.setattr(chat, "_generation_config", lambda *_: 1 / 0)
     assert main(["chat", str(run)]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def write_as_told(pieces: list[str]) -> LoadedRun:
+    """A model that answers with `pieces`, and a tokenizer that decodes as Llama 2's: the first space goes."""
+    vocab = {piece: index for index, piece in enumerate(["<unk>", "<s>", "</s>", *dict.fromkeys(pieces)])}
+    rust = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    rust.decoder = decoders.Sequence(steps)
+    rust.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>").replace("<|im_start|>", "<s>")
+    model = build_llama(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2)
+
+    def generate(input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        streamer.put(input_ids)
+        for piece in [*pieces, "</s>"]:
+            streamer.put(torch.tensor([vocab[piece]]))
+        streamer.end()
+
+    model.generate = generate
+    sections = {"model": {"name": "x"}, "data": {"sources": [{"path": "x"}]}, "training": {"max_steps": 1}}
+    recipe = Recipe.model_validate({"name": "x", **sections})
+    return LoadedRun(model, tokenizer, load_template(tokenizer, recipe.data), recipe, None)
+
+
+def test_indented_lines_keep_their_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = write_as_told(
+        ["▁def", "<0x0A>", "▁", "▁", "▁", "▁return", "▁", "<0xE2>", "<0x82>", "<0xAC>", "<0x0A>", "▁", "x"]
+    )
+    arguments = SimpleNamespace(max_new_tokens=32, temperature=0.0, top_p=1.0, seed=0)
+    answer = "def\n    return €\n x"
+    texts = list(chat.stream_answer(loaded, [{"role": "user", "content": "x"}], arguments))  # type: ignore[arg-type]
+    assert texts[-1] == answer and all(answer.startswith(text) for text in texts)
+    assert len(set(texts)) > 8  # as it is written
+
+    speaker = chat.Speaker("adapter", None)
+    chat.handle("x", [speaker], loaded, arguments)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == answer + "\n"
+    assert speaker.messages[-1] == {"role": "assistant", "content": answer}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from finetune.cli import main
 from finetune.recipe.load import load_recipe
@@ -23,7 +24,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "qwen3": "qwen3",
     "mistral": "mistral",
-    "gemma3": "gemma3",
+    "gemma3": "gemma3_images",
     "smollm2": "tied_llama",
 }
 
@@ -98,3 +99,15 @@ def test_fm31_every_recipe_trains_saves_and_continues(name: str, tmp_path: Path)
     shutil.rmtree(folder / "adapter")
     assert run(RECIPES[name], overrides, own_process=several) == 0
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == finished
+
+
+def test_a_model_that_reads_images_is_trained_on_text_and_exported(tmp_path: Path) -> None:
+    overrides = overrides_for("gemma3_4b_gsm8k", tmp_path)
+    assert main(["run", str(RECIPES["gemma3_4b_gsm8k"]), *overrides]) == 0
+    folder = tmp_path / "runs" / "gemma3_4b_gsm8k"
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert adapter and all(".language_model." in name for name in adapter)
+    assert main(["merge", str(folder)]) == 0
+    for target in ("vllm", "tgi", "gguf", "gguf-lora", "ollama"):
+        assert main(["export", str(folder), "--to", target]) == 0
+    assert main(["generate", str(folder), "--prompt", "tell", "--max-new-tokens", "2"]) == 0

@@ -45,3 +45,14 @@ def test_fm26_a_wrong_target_names_the_near_one_and_all(wrong: str, meant: str) 
 def test_fm26_llama_names_on_falcon_list_the_candidates() -> None:
     with pytest.raises(ModelError, match=r"no module q_proj.*query_key_value"):
         build_config(on_meta("falcon"), LoraSection(target_modules=["q_proj", "v_proj"]), None)
+
+
+def test_an_image_encoder_is_left_alone() -> None:
+    model = on_meta("gemma3_images")
+    assert linear_names(model) == LINEAR["llama"]
+    targets = build_config(model, LoraSection(), None).target_modules
+    assert len(targets) == 14 and all(name.startswith("model.language_model.layers.") for name in targets)
+    named = build_config(model, LoraSection(target_modules=["q_proj", "lm_head"]), None).target_modules
+    layers = [f"model.language_model.layers.{number}.self_attn.q_proj" for number in range(2)]
+    assert named == {*layers, "lm_head"}
+    assert build_config(on_meta("gemma3"), LoraSection(), None).target_modules == "all-linear"

@@ -19,13 +19,15 @@ from finetune.kernels.layout import Group
 from finetune.models.flops import needed_flops, packed_counts, padded_counts, training_work
 from finetune.models.fused import unfuse
 from finetune.models.heads import decoder_of
+from finetune.models.skeleton import adapt_skeleton, build_skeleton
 from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import LoraSection, ModelSection
 from finetune.training.bench import VariantResult, _try, bench_training, variant_overrides
 from finetune.training.bench_worker import measure
 from finetune.training.module import FinetuneModule
 from finetune.training.strategy import build_trainer
 from finetune.training.train import prepare_job
-from tests.tiny import tiny_recipe, write_recipe
+from tests.tiny import CONFIGS, tiny_recipe, write_recipe
 
 ModelDir = Callable[[str], Path]
 
@@ -141,6 +143,17 @@ def test_needed_arithmetic_is_what_torch_counts(model_dir: ModelDir, rows: Path,
     first = 2 * length * (32 * (32 + 16 + 16) + 3 * 32 * 4)
     assert counter.get_total_flops() == needed_flops(work, counts) + masked - first
     assert work.head_frozen == 320 * 32 and work.head_trained == 0
+
+
+def test_an_image_encoder_is_no_work() -> None:
+    section = ModelSection(name="x")
+    text, images = (
+        training_work(
+            adapt_skeleton(build_skeleton(CONFIGS[name](), section, precision="bf16-mixed"), LoraSection(rank=4), None)
+        )
+        for name in ("gemma3", "gemma3_images")
+    )
+    assert text == images
 
 
 def test_a_shared_prefix_counts_once() -> None:
