@@ -7,7 +7,8 @@ once per optimizer step by the training step itself. FSDP shards the frozen base
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -127,10 +128,20 @@ class AdapterStrategy(ModelParallelStrategy):
         """`FinetuneModule.configure_model` has put everything where it belongs."""
 
 
+class OneDeviceStrategy(SingleDeviceStrategy):
+    """Lightning's strategy for one device, where the module is made as it is for several."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """No default device: within Lightning's, a GPU's own generator would draw the adapter's first values."""
+        with self.precision_plugin.tensor_init_context():
+            yield
+
+
 def build_strategy(placement: Placement) -> Strategy:
     """The Lightning strategy of a placement."""
     if placement.strategy == "single":
-        return SingleDeviceStrategy(device="cuda:0" if placement.accelerator == "cuda" else "cpu")
+        return OneDeviceStrategy(device="cuda:0" if placement.accelerator == "cuda" else "cpu")
     return AdapterStrategy(
         data_parallel_size=placement.world_size,
         tensor_parallel_size=1,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from finetune.cli import main
 from finetune.kernels.layout import Group, dense_mask
@@ -57,6 +58,15 @@ def test_fm01_cuda_gives_the_losses_of_the_cpu(architecture: str, packing: str, 
     data = {"packing": packing}
     want = run(tmp_path, architecture, "cpu", "cpu", data=data)
     assert run(tmp_path, architecture, "cuda", "cuda", data=data) == pytest.approx(want, rel=1e-3)
+
+
+def test_one_seed_gives_one_first_adapter_on_every_device(tmp_path: Path) -> None:
+    first = {}
+    for device in ("cpu", "cuda"):
+        run(tmp_path, "llama", device, device, training={"max_steps": 1, "optimizer": {"lr": 1e-30}})
+        first[device] = load_file(tmp_path / "runs" / device / "adapter" / WEIGHTS_NAME)
+    names = [name for name in first["cpu"] if "lora_A" in name]
+    assert names and all(torch.equal(first["cpu"][name], first["cuda"][name]) for name in names)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp4", "int8"])
