@@ -137,6 +137,16 @@ class OneDeviceStrategy(SingleDeviceStrategy):
         with self.precision_plugin.tensor_init_context():
             yield
 
+    def teardown(self) -> None:
+        """Nothing moves, as for several processes: Lightning would move the model to the host when `fit` ends.
+
+        A run whose steps are all done is measured only then (`train._finish_trained`).
+        """
+        assert self.accelerator is not None
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
 
 def build_strategy(placement: Placement) -> Strategy:
     """The Lightning strategy of a placement."""
