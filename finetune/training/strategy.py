@@ -109,6 +109,19 @@ def _slurm_size() -> tuple[int, int]:
     return tasks // nodes, nodes
 
 
+def check_launch(placement: Placement) -> None:
+    """Refuse several machines without torchrun or srun: the first process of each would take itself for rank 0.
+
+    Raises:
+        BadInputError: naming what starts them.
+    """
+    if placement.num_nodes > 1 and launcher() is None:
+        raise BadInputError(
+            f"distributed.num_nodes: {placement.num_nodes}, but neither torchrun nor srun started this process; "
+            "start it with one of them on every machine (docs/many-gpus.md)"
+        )
+
+
 class AdapterStrategy(ModelParallelStrategy):
     """Lightning's FSDP2 strategy without its gathers: a checkpoint holds the replicated adapter alone."""
 

@@ -39,7 +39,7 @@ from finetune.training.out_of_memory import Halving
 from finetune.training.preemption import Preemption, requeue
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
-from finetune.training.strategy import Placement, build_trainer, resolve_placement
+from finetune.training.strategy import Placement, build_trainer, check_launch, resolve_placement
 from finetune.training.turns import in_turn
 from finetune.training.validation import Validation
 
@@ -92,6 +92,7 @@ def prepare_job(recipe: Recipe) -> Job:
         BadInputError: whatever is wrong with the model's name, the data or the devices.
     """
     first = resolve_placement(recipe.distributed)
+    check_launch(first)
     if recipe.training.auto_micro_batch:
         check_placement(first)
     with in_turn():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from finetune.training.strategy import Placement, build_strategy
+from finetune.errors import BadInputError
+from finetune.training.strategy import Placement, build_strategy, check_launch
 
 
 def test_the_first_adapter_is_drawn_on_the_cpu_whatever_trains_it() -> None:
@@ -23,3 +25,11 @@ def test_the_model_stays_where_it_is_when_training_ends() -> None:
     strategy.accelerator = CPUAccelerator()
     strategy.teardown()
     assert module.weight.is_meta
+
+
+def test_several_machines_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = Placement("cpu", 2, 2, "ddp")
+    with pytest.raises(BadInputError, match="num_nodes: 2, but neither torchrun nor srun"):
+        check_launch(placement)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    check_launch(placement)
