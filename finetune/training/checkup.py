@@ -24,6 +24,7 @@ from finetune.models.weights import optimizer_bytes
 from finetune.recipe.schema import Recipe
 from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
 from finetune.training.habits import habits_of
+from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
 from finetune.training.steps import Packing, StepPlan, build_plan
 from finetune.training.strategy import Placement, resolve_placement
@@ -239,6 +240,11 @@ def _check_steps(checkup: Checkup) -> Iterator[Finding]:
         yield warning("steps", f"checkpoint.every_steps: {every}, so nothing is saved before the last of the steps")
 
 
+def _check_devices(checkup: Checkup) -> Iterator[Finding]:
+    check_halving(checkup.recipe, checkup.resolved[0])
+    yield from ()
+
+
 def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     placement, devices, why = checkup.resolved
     step = checkup.step
@@ -343,6 +349,7 @@ CHECKS: dict[str, Callable[[Checkup], Iterator[Finding]]] = {
     "data": _check_data,
     "template": _check_template,
     "steps": _check_steps,
+    "devices": _check_devices,
     "memory": _check_memory,
     "disk": _check_disk,
     "time": _check_time,

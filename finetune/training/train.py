@@ -35,7 +35,7 @@ from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, resto
 from finetune.training.checkpoint_writer import CheckpointWriter
 from finetune.training.fitting import place
 from finetune.training.module import FinetuneModule
-from finetune.training.out_of_memory import Halving
+from finetune.training.out_of_memory import Halving, check_halving
 from finetune.training.preemption import Preemption, requeue
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
@@ -105,6 +105,7 @@ def prepare_job(recipe: Recipe) -> Job:
         data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
     # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.
     placement = first if recipe.training.auto_micro_batch else place(recipe, config)
+    check_halving(recipe, placement)
     plan = build_plan(len(data.train), recipe.training)
     packing = choose_packing(recipe, data.train, can_isolate=why_not_packed(config, attention) is None)
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
