@@ -28,3 +28,13 @@ def test_halving_is_refused_where_auto_becomes_fsdp(model_dir: ModelDir, rows: P
     (found,) = devices(Checkup(made, gpu_bytes=1_000_000, devices=2))
     assert found.level == "error" and "halve does not go with fsdp" in found.text
     assert not devices(Checkup(made, gpu_bytes=10**12, devices=2))
+
+
+def test_a_gpu_without_units_for_bf16_is_named(
+    model_dir: ModelDir, rows: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    made = recipe(model_dir("llama"), rows, tmp_path)
+    monkeypatch.setattr("finetune.training.checkup.why_bf16_is_slow", lambda recipe, placement: "slow")
+    (found,) = devices(Checkup(made))
+    assert (found.level, found.text) == ("warning", "slow")
+    assert not devices(Checkup(made, gpu_bytes=10**12))
