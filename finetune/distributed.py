@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import os
 
-# torchrun sets the first of each pair; SLURM (srun) the second.
-_RANK_VARIABLES = ("RANK", "SLURM_PROCID")
-_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID")
-
-
-def _first_int(names: tuple[str, ...], default: int) -> int:
-    for name in names:
-        value = os.environ.get(name)
-        if value is not None:
-            return int(value)
-    return default
+# The names that SLURM gives to a shell. As Lightning's SLURMEnvironment: what is started there is not srun's.
+_SLURM_SHELLS = ("bash", "interactive")
 
 
 def global_rank() -> int:
     """Rank of this process among all processes of the run; 0 where there is only one."""
-    return _first_int(_RANK_VARIABLES, _first_int(_LOCAL_RANK_VARIABLES, 0))
-
-
-def local_rank() -> int:
-    """Rank of this process on its machine; 0 where there is only one."""
-    return _first_int(_LOCAL_RANK_VARIABLES, 0)
+    # torchrun sets RANK. Our own launcher, which is Lightning's, sets LOCAL_RANK alone; it may do so within a shell of
+    # SLURM's, where SLURM_PROCID is that of the shell: 0 for all that is started there.
+    own = "SLURM_PROCID" if _started_by_srun() else "LOCAL_RANK"
+    return int(os.environ.get("RANK", os.environ.get(own, "0")))
 
 
 def is_rank_zero() -> bool:
     """Whether this process prints, prepares data and writes files."""
     return global_rank() == 0
+
+
+def _started_by_srun() -> bool:
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in _SLURM_SHELLS

@@ -187,6 +187,8 @@ def _run_recipe(
 
 
 def _say_plan(job: Job, checkpoint: Checkpoint | None) -> None:
+    from finetune.training.habits import why_bf16_is_slow
+
     plan = job.plan
     text = f"{plan.num_steps} steps of {plan.global_batch_size} samples, {plan.epoch(plan.num_steps):.2f} epochs"
     if checkpoint is not None:
@@ -199,6 +201,8 @@ def _say_plan(job: Job, checkpoint: Checkpoint | None) -> None:
         say("distributed.cpu_offload changes nothing on a CPU: the base is in host memory as it is")
     if placement.world_size > 1:
         say(f"work per step: the slowest of {placement.world_size} ranks has {job.rank_imbalance:.1%} over the mean")
+    if (slow := why_bf16_is_slow(job.recipe, placement)) is not None:
+        warn(slow)
 
 
 class _Measure:

@@ -126,7 +126,8 @@ def padded_batch(dataset: TokenDataset, samples: Sequence[int], pad_id: int) -> 
         targets.append(ids[predicted])
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.arange(width).expand(len(input_ids), -1),
+        # Not expanded: pinning a tensor copies its strides, and what lies in itself cannot be written.
+        position_ids=torch.arange(width).repeat(len(input_ids), 1),
         loss_positions=_int64(positions),
         targets=_int64(targets),
         layout=None,

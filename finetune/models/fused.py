@@ -291,8 +291,8 @@ def _rotation_of(forward: Any) -> Any:
 def _rotates_halves(theirs: Any) -> bool:
     """Whether a model's rotary function rotates the halves of its heads: some rotate pairs instead."""
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 2, 3, 8, generator=generator)
-    cos, sin = torch.randn(2, 1, 3, 8, generator=generator)
+    q, k = torch.randn(2, 1, 2, 3, 8, generator=generator, device="cpu")
+    cos, sin = torch.randn(2, 1, 3, 8, generator=generator, device="cpu")
     try:
         got = theirs(q, k, cos, sin)
     except (TypeError, RuntimeError, IndexError):

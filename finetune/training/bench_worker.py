@@ -18,7 +18,7 @@ import torch
 
 from finetune.data.batches import MicroBatch
 from finetune.kernels.products import has_bf16_units
-from finetune.machine import describe_machine, library_versions, peak_memory_bytes
+from finetune.machine import describe_machine, library_versions, peak_memory_bytes, release_freed_memory
 from finetune.models.flops import TokenCounts, needed_flops, packed_counts, padded_counts, training_work
 from finetune.models.fused import unfuse
 from finetune.models.load import quiet_libraries
@@ -156,7 +156,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     trainer = build_trainer(job.placement, job.recipe.training, [timer])
     steps = job.steps_of(job.data.train, rank=0, world_size=1)
     trainer.fit(module, build_loader(steps, job.recipe, job.placement))
-    memory = peak_memory_bytes()
+    memory, device = peak_memory_bytes(), module.device
+    del trainer, module
+    release_freed_memory()  # the products below need room
     return {
         "seconds": timer.seconds,
         "steps": timer.num_steps,
@@ -168,8 +170,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "losses": [loss.item() for loss in timer.losses],
         "peak_memory_bytes": memory,
         # Here and now: the machine may be slower in another round.
-        "peak_flops_per_second": matmul_peak(module.device),
-        "peak_dtype": str(peak_dtype(module.device)).removeprefix("torch."),
+        "peak_flops_per_second": matmul_peak(device),
+        "peak_dtype": str(peak_dtype(device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "machine": describe_machine(),
         "versions": library_versions(),

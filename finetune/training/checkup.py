@@ -23,7 +23,8 @@ from finetune.models.sources import ModelSource, find_model
 from finetune.models.weights import optimizer_bytes
 from finetune.recipe.schema import Recipe
 from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
-from finetune.training.habits import habits_of
+from finetune.training.habits import habits_of, why_bf16_is_slow
+from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
 from finetune.training.steps import Packing, StepPlan, build_plan
 from finetune.training.strategy import Placement, resolve_placement
@@ -43,6 +44,11 @@ class Checkup:
         self.recipe = recipe
         self._gpu_bytes = gpu_bytes
         self._devices = devices
+
+    @property
+    def imagines_gpus(self) -> bool:
+        """Whether the GPUs are not those of this machine."""
+        return self._gpu_bytes is not None
 
     @cached_property
     def source(self) -> ModelSource:
@@ -239,6 +245,14 @@ def _check_steps(checkup: Checkup) -> Iterator[Finding]:
         yield warning("steps", f"checkpoint.every_steps: {every}, so nothing is saved before the last of the steps")
 
 
+def _check_devices(checkup: Checkup) -> Iterator[Finding]:
+    placement = checkup.resolved[0]
+    slow = None if checkup.imagines_gpus else why_bf16_is_slow(checkup.recipe, placement)
+    if slow is not None:
+        yield warning("devices", slow)
+    check_halving(checkup.recipe, placement)
+
+
 def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     placement, devices, why = checkup.resolved
     step = checkup.step
@@ -343,6 +357,7 @@ CHECKS: dict[str, Callable[[Checkup], Iterator[Finding]]] = {
     "data": _check_data,
     "template": _check_template,
     "steps": _check_steps,
+    "devices": _check_devices,
     "memory": _check_memory,
     "disk": _check_disk,
     "time": _check_time,

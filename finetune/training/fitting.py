@@ -186,8 +186,14 @@ def _activation_offload(_planner: Planner, state: _State, devices: Devices) -> C
         yield _training(state, "activation_offload", True)
 
 
+def _can_shard(recipe: Recipe, devices: Devices) -> bool:
+    """Whether `recipe.checks` lets fsdp stand beside the rest of the recipe."""
+    halves = recipe.training.on_out_of_memory == "halve"
+    return devices.world_size > 1 and recipe.model.quantization != "int8" and not halves
+
+
 def _fsdp(_planner: Planner, state: _State, devices: Devices) -> Changes:
-    if devices.world_size > 1 and state.strategy != "fsdp" and state.recipe.model.quantization != "int8":
+    if state.strategy != "fsdp" and _can_shard(state.recipe, devices):
         yield _distributed(state, {"strategy": "fsdp"})
 
 
@@ -198,7 +204,8 @@ def _nf4(_planner: Planner, state: _State, _: Devices) -> Changes:
 
 
 def _offload(_planner: Planner, state: _State, devices: Devices) -> Changes:
-    if devices.accelerator == "cuda" and not state.recipe.distributed.cpu_offload and devices.world_size > 1:
+    offloads = state.recipe.distributed.cpu_offload
+    if devices.accelerator == "cuda" and not offloads and _can_shard(state.recipe, devices):
         yield _distributed(state, {"strategy": "fsdp", "cpu_offload": True})
 
 

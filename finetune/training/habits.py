@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from finetune.kernels import native
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import QUANTIZED_4BIT, Recipe
 from finetune.training.strategy import Placement
+
+# From Ampere on a GPU has units for bf16 (CUDA C++ Programming Guide, table of arithmetic by compute capability).
+BF16_CAPABILITY = (8, 0)
 
 
 class Habit(NamedTuple):
@@ -177,3 +182,21 @@ HABITS: dict[str, Look] = {
     "no-grad evaluation": _no_grad,
     "DDP or FSDP, not DataParallel": _distributed,
 }
+
+
+def why_bf16_is_slow(recipe: Recipe, placement: Placement) -> str | None:
+    """Which GPU of this machine has no units for the bf16 that the recipe computes in, and what to set instead."""
+    asked = []
+    if recipe.training.precision.startswith("bf16"):
+        asked.append(f"training.precision: {recipe.training.precision}")
+    if recipe.model.quantization in QUANTIZED_4BIT and recipe.model.compute_dtype == "bf16":
+        asked.append("model.compute_dtype: bf16")
+    if placement.accelerator != "cuda" or not asked:
+        return None
+    least, index = min((torch.cuda.get_device_capability(index), index) for index in range(placement.devices))
+    if least >= BF16_CAPABILITY:
+        return None
+    return (
+        f"{torch.cuda.get_device_name(index)} (compute capability {least[0]}.{least[1]}) has no units for bf16 and "
+        f"emulates it slowly ({', '.join(asked)}); set training.precision: 16-mixed and model.compute_dtype: fp16"
+    )

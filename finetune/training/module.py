@@ -227,7 +227,8 @@ class FinetuneModule(L.LightningModule):
                 if not is_out_of_memory(error):
                     raise
                 if self.halving is None or len(micro.samples) < 2:
-                    raise FinetuneError(out_of_memory_message(self.step + 1, micro)) from error
+                    sharded = self.placement.sharded
+                    raise FinetuneError(out_of_memory_message(self.step + 1, micro, sharded=sharded)) from error
                 break
         else:
             return batch, losses

@@ -6,8 +6,11 @@ import torch
 
 from finetune.console import say
 from finetune.data.batches import MicroBatch
+from finetune.errors import BadInputError
 from finetune.machine import peak_memory_bytes, release_freed_memory
+from finetune.recipe.schema import Recipe
 from finetune.training.steps import StepBatch, StepDataset
+from finetune.training.strategy import Placement
 
 _GOES_ON = "  What is saved is untouched, and the same command goes on from it."
 # The first step allocates the moments.
@@ -22,14 +25,30 @@ LESS_FOR_VALIDATION = (
 )
 
 
-def out_of_memory_message(step: int, micro: MicroBatch) -> str:
+def check_halving(recipe: Recipe, placement: Placement) -> None:
+    """Refuse it where strategy auto has become FSDP; an explicit one is refused with the recipe.
+
+    Raises:
+        BadInputError: naming both keys.
+    """
+    if placement.sharded and recipe.training.on_out_of_memory == "halve":
+        raise BadInputError(
+            "training.on_out_of_memory: halve does not go with fsdp, which distributed.strategy: auto takes here and "
+            "whose other processes would wait for the one that computes again; use stop, and a smaller "
+            "training.micro_batch_size, or make the model fit one device and set distributed.strategy: ddp"
+        )
+
+
+def out_of_memory_message(step: int, micro: MicroBatch, *, sharded: bool) -> str:
     """What filled the memory and which keys make it less; the result of a run depends on none of them."""
     rows, tokens = micro.input_ids.shape
+    smaller = "data.max_tokens" if sharded else "data.max_tokens; training.on_out_of_memory: halve finds it"
+    spread = "" if sharded else ", distributed.strategy: fsdp"
     return (
         f"step {step}: out of memory after {peak_memory_bytes() / 1e9:.1f} GB, at a forward pass of {rows} x {tokens} "
         f"tokens, {len(micro.targets)} of them supervised.\n"
-        "  Cheapest first: a smaller training.micro_batch_size (or data.max_tokens; training.on_out_of_memory: halve "
-        "finds it), training.gradient_checkpointing: true, model.quantization: nf4, distributed.strategy: fsdp.\n"
+        f"  Cheapest first: a smaller training.micro_batch_size (or {smaller}), "
+        f"training.gradient_checkpointing: true, model.quantization: nf4{spread}.\n"
         "  None of them changes the result; the last checkpoint is untouched, and the same command continues from it."
     )
 

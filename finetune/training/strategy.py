@@ -7,7 +7,8 @@ once per optimizer step by the training step itself. FSDP shards the frozen base
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -108,6 +109,19 @@ def _slurm_size() -> tuple[int, int]:
     return tasks // nodes, nodes
 
 
+def check_launch(placement: Placement) -> None:
+    """Refuse several machines without torchrun or srun: the first process of each would take itself for rank 0.
+
+    Raises:
+        BadInputError: naming what starts them.
+    """
+    if placement.num_nodes > 1 and launcher() is None:
+        raise BadInputError(
+            f"distributed.num_nodes: {placement.num_nodes}, but neither torchrun nor srun started this process; "
+            "start it with one of them on every machine (docs/many-gpus.md)"
+        )
+
+
 class AdapterStrategy(ModelParallelStrategy):
     """Lightning's FSDP2 strategy without its gathers: a checkpoint holds the replicated adapter alone."""
 
@@ -127,10 +141,30 @@ class AdapterStrategy(ModelParallelStrategy):
         """`FinetuneModule.configure_model` has put everything where it belongs."""
 
 
+class OneDeviceStrategy(SingleDeviceStrategy):
+    """Lightning's strategy for one device, where the module is made as it is for several."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """No default device: within Lightning's, a GPU's own generator would draw the adapter's first values."""
+        with self.precision_plugin.tensor_init_context():
+            yield
+
+    def teardown(self) -> None:
+        """Nothing moves, as for several processes: Lightning would move the model to the host when `fit` ends.
+
+        A run whose steps are all done is measured only then (`train._finish_trained`).
+        """
+        assert self.accelerator is not None
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
 def build_strategy(placement: Placement) -> Strategy:
     """The Lightning strategy of a placement."""
     if placement.strategy == "single":
-        return SingleDeviceStrategy(device="cuda:0" if placement.accelerator == "cuda" else "cpu")
+        return OneDeviceStrategy(device="cuda:0" if placement.accelerator == "cuda" else "cpu")
     return AdapterStrategy(
         data_parallel_size=placement.world_size,
         tensor_parallel_size=1,

@@ -38,11 +38,11 @@ from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, resto
 from finetune.training.checkpoint_writer import CheckpointWriter
 from finetune.training.fitting import place
 from finetune.training.module import FinetuneModule
-from finetune.training.out_of_memory import Halving
+from finetune.training.out_of_memory import Halving, check_halving
 from finetune.training.preemption import Preemption, requeue
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
-from finetune.training.strategy import Placement, build_trainer, resolve_placement
+from finetune.training.strategy import Placement, build_trainer, check_launch, resolve_placement
 from finetune.training.turns import in_turn
 from finetune.training.validation import Validation
 
@@ -95,6 +95,7 @@ def prepare_job(recipe: Recipe) -> Job:
         BadInputError: whatever is wrong with the model's name, the data or the devices.
     """
     first = resolve_placement(recipe.distributed)
+    check_launch(first)
     if recipe.training.auto_micro_batch:
         check_placement(first)
     with in_turn():
@@ -107,6 +108,7 @@ def prepare_job(recipe: Recipe) -> Job:
         data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
     # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.
     placement = first if recipe.training.auto_micro_batch else place(recipe, config)
+    check_halving(recipe, placement)
     plan = build_plan(len(data.train), recipe.training)
     packing = choose_packing(recipe, data.train, why_not=why_not_packed(config, attention))
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)

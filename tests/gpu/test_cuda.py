@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from finetune.cli import main
+from finetune.commands.run import _Measure
 from finetune.kernels import offload
 from finetune.kernels.layout import Group, dense_mask
 from finetune.kernels.varlen import takes, varlen_attention
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.training.metrics import read_metrics
+from finetune.training.module import FinetuneModule
 from tests.integration.test_load_memory import WORKER, write_large_model
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 
@@ -58,6 +61,36 @@ def test_fm01_cuda_gives_the_losses_of_the_cpu(architecture: str, packing: str, 
     data = {"packing": packing}
     want = run(tmp_path, architecture, "cpu", "cpu", data=data)
     assert run(tmp_path, architecture, "cuda", "cuda", data=data) == pytest.approx(want, rel=1e-3)
+
+
+def test_one_seed_gives_one_first_adapter_on_every_device(tmp_path: Path) -> None:
+    first = {}
+    for device in ("cpu", "cuda"):
+        run(tmp_path, "llama", device, device, training={"max_steps": 1, "optimizer": {"lr": 1e-30}})
+        first[device] = load_file(tmp_path / "runs" / device / "adapter" / WEIGHTS_NAME)
+    names = [name for name in first["cpu"] if "lora_A" in name]
+    assert names and all(torch.equal(first["cpu"][name], first["cuda"][name]) for name in names)
+
+
+def test_a_run_stopped_in_its_last_measurement_is_measured_on_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"evaluation": {"metrics": ["perplexity"]}, "data": {"validation": {"size": 4}}}
+    run(tmp_path, "llama", "run", "cuda", **sections)
+    results = tmp_path / "runs" / "run" / "results.json"
+    want = json.loads(results.read_text())["after"]["metrics"]["perplexity"]
+    results.write_text("{}")
+    seen = []
+    after = _Measure.after
+
+    def noted(self: _Measure, module: FinetuneModule) -> None:
+        seen.append({parameter.device.type for parameter in module.parameters()})
+        after(self, module)
+
+    monkeypatch.setattr(_Measure, "after", noted)
+    run(tmp_path, "llama", "run", "cuda", **sections)
+    assert seen == [{"cuda"}]
+    assert json.loads(results.read_text())["after"]["metrics"]["perplexity"] == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp4", "int8"])

@@ -124,3 +124,12 @@ def test_a_preparation_that_fails_ends_every_rank(recipe: Path) -> None:
     outputs = [process.communicate(timeout=60)[1] for process in processes]
     assert processes[0].returncode == 2 and "/nowhere.jsonl" in outputs[0]
     assert processes[1].returncode == 1 and "its own message says why" in outputs[1]
+
+
+def test_our_own_launcher_works_in_a_shell_of_slurms(recipe: Path) -> None:
+    """`srun --pty bash`: SLURM_PROCID is the shell's, 0, for every process that is started there."""
+    overrides = ("name=shell", "distributed.devices=2", "distributed.strategy=ddp")
+    (process,) = start(recipe, 1, 1, *overrides, SLURM_JOB_NAME="bash")
+    output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert output[1].count("step 2/2") == 1 and "2 x cpu, ddp" in output[1]

@@ -15,7 +15,7 @@ from finetune.kernels.attention import NAME, packed_row
 from finetune.kernels.layout import Group, position_ids
 from finetune.kernels.lora import Projection, lora_linears
 from finetune.models.adapters import attach_adapter, trainable_parameters
-from finetune.models.fused import _stored_4bit, expand_4bit, fuse
+from finetune.models.fused import _stored_4bit, _with_rotation, expand_4bit, fuse
 from finetune.models.load import register_attention
 from finetune.recipe.schema import LoraSection
 from tests.tiny import CONFIGS
@@ -97,6 +97,13 @@ def test_native_kernels_are_as_near_to_fp32_as_torch(architecture: str, monkeypa
     monkeypatch.setattr(native, "computes_products", lambda: False)
     assert ours <= 1.5 * (gradients(torch.bfloat16) - exact).norm()
     assert ours < 0.1 * exact.norm()
+
+
+def test_rotations_are_found_whatever_the_default_device() -> None:
+    model = adapted("llama")
+    _with_rotation.cache_clear()
+    with torch.device("meta"):
+        assert fuse(model).rotations == 2
 
 
 def test_gemma_keeps_its_own_norm_and_activation() -> None:

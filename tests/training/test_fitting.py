@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
+from finetune.models.footprint import ForwardPass
 from finetune.models.memory import Planner, Spread
 from finetune.recipe.schema import Recipe
-from finetune.training.fitting import Devices, cheapest_fit, choose_strategy, estimate, place
+from finetune.training.fitting import Devices, _fsdp, _offload, _State, cheapest_fit, choose_strategy, estimate, place
 from finetune.training.strategy import Placement
 from tests.models.test_memory import recipe
 
@@ -110,3 +111,10 @@ def test_memory_of_a_cpu_is_shared(tmp_path: Path) -> None:
 
     one, two = (memory_of(Placement("cpu", count, 1, "ddp")) for count in (1, 2))
     assert two == one // 2
+
+
+@pytest.mark.parametrize(("policy", "offered"), [("stop", True), ("halve", False)])
+def test_sharding_is_offered_where_the_recipe_may_have_it(policy: str, offered: bool) -> None:
+    state = _State(recipe(training={"on_out_of_memory": policy}), ForwardPass(1, 8, 8), "ddp")
+    for change in (_fsdp, _offload):
+        assert bool(list(change(Planner(CONFIG), state, Devices("cuda", 1, 4)))) == offered

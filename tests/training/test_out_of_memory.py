@@ -11,9 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from finetune.data.batches import empty_batch
+from finetune.errors import BadInputError
 from finetune.models.adapters import WEIGHTS_NAME
+from finetune.recipe.load import load_recipe
 from finetune.run_dir import RunDir
 from finetune.training.metrics import read_metrics
+from finetune.training.out_of_memory import out_of_memory_message
+from finetune.training.train import prepare_job
 from tests.fork_server import ForkedRun, ForkServer
 from tests.tiny import CONFIGS, alpaca_rows, tiny_recipe, write_jsonl, write_recipe, write_tokenizer
 from tests.training.conftest import RunTiny
@@ -87,6 +92,23 @@ def test_a_step_that_does_not_fit_is_computed_in_halves(packing: str, folder: Pa
     assert hopeless.wait() == 1
     assert hopeless.output.count("out of memory at a forward pass") >= 3
     assert "Cheapest first" in hopeless.output and "Traceback" not in hopeless.output
+
+
+def test_halving_is_refused_under_fsdp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where strategy auto takes it: the other ranks would wait for the one that computes again. Nor is it advised."""
+    sections: dict[str, Any] = {
+        "distributed": {"accelerator": "cpu", "devices": 2},
+        "training": {"on_out_of_memory": "halve"},
+        "data": {"max_seq_len": 2048},
+    }
+    made = tiny_recipe(folder, folder / "model", folder / "rows.jsonl", name="sharded", **sections)
+    recipe = load_recipe(write_recipe(folder / "sharded.yaml", made))
+    assert prepare_job(recipe).placement.strategy == "ddp"
+    monkeypatch.setattr("finetune.training.fitting.memory_of", lambda placement: 1_000_000)
+    with pytest.raises(BadInputError, match="on_out_of_memory: halve does not go with fsdp"):
+        prepare_job(recipe)
+    messages = {sharded: out_of_memory_message(1, empty_batch(0), sharded=sharded) for sharded in (False, True)}
+    assert "halve" in messages[False] and "halve" not in messages[True]
 
 
 def test_fm22_a_validation_keeps_no_logits(folder: Path, server: ForkServer) -> None:

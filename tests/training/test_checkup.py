@@ -1,0 +1,40 @@
+"""What `finetune check` says of the devices, for GPUs that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.findings import Finding, run_checks
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.training.checkup import CHECKS, Checkup
+from tests.tiny import tiny_recipe, write_recipe
+
+ModelDir = Callable[[str], Path]
+
+
+def recipe(model: Path, rows: Path, folder: Path, **training: Any) -> Recipe:
+    return load_recipe(write_recipe(folder / "tiny.yaml", tiny_recipe(folder, model, rows, training=training)))
+
+
+def devices(checkup: Checkup) -> list[Finding]:
+    return list(run_checks({"devices": CHECKS["devices"]}, checkup))
+
+
+def test_halving_is_refused_where_auto_becomes_fsdp(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    made = recipe(model_dir("llama"), rows, tmp_path, on_out_of_memory="halve")
+    (found,) = devices(Checkup(made, gpu_bytes=1_000_000, devices=2))
+    assert found.level == "error" and "halve does not go with fsdp" in found.text
+    assert not devices(Checkup(made, gpu_bytes=10**12, devices=2))
+
+
+def test_a_gpu_without_units_for_bf16_is_named(
+    model_dir: ModelDir, rows: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    made = recipe(model_dir("llama"), rows, tmp_path)
+    monkeypatch.setattr("finetune.training.checkup.why_bf16_is_slow", lambda recipe, placement: "slow")
+    (found,) = devices(Checkup(made))
+    assert (found.level, found.text) == ("warning", "slow")
+    assert not devices(Checkup(made, gpu_bytes=10**12))

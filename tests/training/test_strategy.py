@@ -1,0 +1,35 @@
+"""What Lightning's strategies and launcher would do, and ours do not."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+
+from finetune.errors import BadInputError
+from finetune.training.strategy import Placement, build_strategy, check_launch
+
+
+def test_the_first_adapter_is_drawn_on_the_cpu_whatever_trains_it() -> None:
+    """As under DDP and FSDP, so that one seed gives one adapter: PEFT draws on the default device."""
+    with build_strategy(Placement("cuda", 1, 1, "single")).tensor_init_context():
+        assert torch.nn.Linear(2, 2).weight.device == torch.device("cpu")
+
+
+def test_the_model_stays_where_it_is_when_training_ends() -> None:
+    """A run that was stopped during its last measurement is measured only then; a meta tensor stands for a GPU's."""
+    strategy, module = build_strategy(Placement("cpu", 1, 1, "single")), L.LightningModule()
+    module.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+    strategy.connect(module)
+    strategy.accelerator = CPUAccelerator()
+    strategy.teardown()
+    assert module.weight.is_meta
+
+
+def test_several_machines_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = Placement("cpu", 2, 2, "ddp")
+    with pytest.raises(BadInputError, match="num_nodes: 2, but neither torchrun nor srun"):
+        check_launch(placement)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    check_launch(placement)
