@@ -25,8 +25,9 @@ from finetune.errors import FinetuneError, ModelError, first_line
 from finetune.kernels import native, products
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
-from finetune.kernels.layout import RowLayout, dense_mask
+from finetune.kernels.layout import RowLayout
 from finetune.kernels.lora import FourBit
+from finetune.models.attention import dense_masks
 from finetune.models.fused import STAND_IN, fuse, is_frozen_forward, run_natively
 from finetune.models.heads import checkpoint_layers, decoder_of, supervised_loss
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
@@ -200,10 +201,10 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any], on
     positions = torch.zeros(step.supervised, dtype=torch.int64)
     grads = [p.grad for p in base.parameters() if p.grad is not None]
     live = _LiveBytes(iter([*base.parameters(), *base.buffers(), *grads]), on_cpu)
-    mask = None
+    mask: Any = None
     with live, autocast, packed_row(step.layout):
         if step.layout is not None and base.config._attn_implementation != SEGMENTS:
-            mask = dense_mask(step.layout, step.tokens)
+            mask = dense_masks(base.config, step.layout, step.tokens, input_ids.device)
         hidden = decoder_of(base)(
             input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from finetune.kernels import native
+from finetune.models.load import compute_dtype
 from finetune.recipe.schema import QUANTIZED_4BIT, Recipe
 from finetune.training.strategy import Placement
 
@@ -189,8 +190,8 @@ def why_bf16_is_slow(recipe: Recipe, placement: Placement) -> str | None:
     asked = []
     if recipe.training.precision.startswith("bf16"):
         asked.append(f"training.precision: {recipe.training.precision}")
-    if recipe.model.quantization in QUANTIZED_4BIT and recipe.model.compute_dtype == "bf16":
-        asked.append("model.compute_dtype: bf16")
+    if recipe.model.quantization in QUANTIZED_4BIT and compute_dtype(recipe.model, recipe.training.precision) == "bf16":
+        asked.append(f"model.compute_dtype: {recipe.model.compute_dtype}")
     if placement.accelerator != "cuda" or not asked:
         return None
     least, index = min((torch.cuda.get_device_capability(index), index) for index in range(placement.devices))
@@ -198,5 +199,5 @@ def why_bf16_is_slow(recipe: Recipe, placement: Placement) -> str | None:
         return None
     return (
         f"{torch.cuda.get_device_name(index)} (compute capability {least[0]}.{least[1]}) has no units for bf16 and "
-        f"emulates it slowly ({', '.join(asked)}); set training.precision: 16-mixed and model.compute_dtype: fp16"
+        f"emulates it slowly ({', '.join(asked)}); set training.precision: 16-mixed and model.compute_dtype: auto"
     )

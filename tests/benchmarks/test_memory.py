@@ -26,6 +26,8 @@ def inputs(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("case", ["llama-nf4-checkpointing-isolated", "qwen3-none-kept-none", "falcon-nf4-kept-none"])
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(case: str, script: ModuleType, inputs: Path) -> None:
     recipe = script.recipe_of(inputs, case)
+    if "nf4" in case:
+        script.measure(recipe)  # the first run quantizes the base, and malloc keeps some of what that took
     found, guess = script.measure(recipe), script.predict(recipe)
     assert abs(guess / found["peak"] - 1) < 0.10
     # Beside what any process takes, too: the libraries alone are half of a small run.

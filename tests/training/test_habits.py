@@ -13,11 +13,14 @@ from tests.models.test_memory import recipe
 from tests.training.conftest import RunTiny
 
 NF4 = {"quantization": "nf4"}
+BF16 = {"quantization": "nf4", "compute_dtype": "bf16"}
 FP16 = {"quantization": "nf4", "compute_dtype": "fp16"}
 CASES = [
     ("cuda", (7, 5), {}, "bf16-mixed", "training.precision: bf16-mixed"),
     ("cuda", (7, 5), FP16, "bf16-true", "training.precision: bf16-true"),
-    ("cuda", (7, 0), NF4, "16-mixed", "model.compute_dtype: bf16"),
+    ("cuda", (7, 0), BF16, "16-mixed", "model.compute_dtype: bf16"),
+    ("cuda", (7, 0), NF4, "16-mixed", None),
+    ("cuda", (7, 0), NF4, "32-true", "model.compute_dtype: auto"),
     ("cuda", (7, 5), FP16, "16-mixed", None),
     ("cuda", (8, 0), NF4, "bf16-mixed", None),
     ("cpu", (7, 5), NF4, "bf16-mixed", None),
