@@ -19,6 +19,7 @@ from finetune.export import merge_files
 from finetune.export.merge import Merge, choose_base, residual_weights
 from finetune.export.merge_config import add_old_rope
 from finetune.models.adapters import WEIGHTS_NAME, attach_adapter, load_adapter, save_adapter, token_indices
+from finetune.models.attention import loadable_attention
 from finetune.models.load import load_base
 from finetune.models.sources import find_model
 from finetune.recipe.schema import Recipe
@@ -51,7 +52,10 @@ class Case:
         out = self.folder / "out"
         out.mkdir()
         replace(self.merge, **changes).write(out)
-        loaded, report = AutoModelForCausalLM.from_pretrained(out, attn_implementation="sdpa", output_loading_info=True)
+        attention = loadable_attention(self.merge.config, "sdpa")
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            out, attn_implementation=attention, output_loading_info=True
+        )
         assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
         return loaded
 
