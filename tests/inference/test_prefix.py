@@ -26,8 +26,8 @@ def prompts(shared: int = SHARED) -> list[list[int]]:
 
 
 def model_of(config: Any) -> Any:
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
+    torch.manual_seed(0)  # how much is drawn before depends on what other tests have made of Falcon's layers
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
