@@ -156,10 +156,7 @@ class _Task:
                 )
             metrics.update(result.metrics)
             if result.num_cut:
-                say(
-                    f"{name}: {result.num_cut:,} of {result.num_rows:,} completions were cut at "
-                    f"evaluation.max_new_tokens: {section.max_new_tokens}"
-                )
+                say(f"{name}: {result.cut_note(section.max_new_tokens)}")
         if tokens is not None:
             metrics["perplexity"] = perplexity(loaded.model, tokens, self.max_rows, name)
         return metrics

@@ -265,10 +265,7 @@ class _Measure:
                 )
             metrics.update(result.metrics)
             if result.num_cut:
-                say(
-                    f"{result.num_cut:,} of {result.num_rows:,} completions of {what} were cut at "
-                    f"evaluation.max_new_tokens: {section.max_new_tokens}"
-                )
+                say(result.cut_note(section.max_new_tokens, f"completions of {what}"))
         if self._tokens is not None and "perplexity" in section.metrics:
             placement = self._job.placement
             steps = self._job.steps_of(self._tokens, rank=module.global_rank, world_size=placement.world_size)

@@ -42,6 +42,11 @@ class TaskResult:
     seconds: float
     new_tokens: int
 
+    def cut_note(self, max_new_tokens: int, which: str = "completions") -> str:
+        """How many the limit has ended, in words: an answer that is cut may count as a wrong one."""
+        counts = f"{self.num_cut:,} of {self.num_rows:,}"
+        return f"{counts} {which} were cut at evaluation.max_new_tokens: {max_new_tokens}"
+
 
 def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[list[Row], TokenDataset | None]:
     """The test rows of a recipe, for completions and as tokens for perplexity; [] and None if not asked for.

@@ -16,6 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from transformers import GenerationConfig
 
 from finetune.kernels.attention import NAME as SEGMENTS
+from finetune.models.attention import loadable_attention
 
 # Attention that cannot decode: `segments` takes no mask and no cache, flex compiles for every length.
 _TRAINING_ATTENTION = (SEGMENTS, "flex_attention")
@@ -125,7 +126,8 @@ def _decoding_attention(model: torch.nn.Module) -> Iterator[None]:
         if (name := getattr(config, "_attn_implementation", None)) in _TRAINING_ATTENTION
     ]
     use_cache = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
-    decoding_name = "sdpa" if getattr(base_of(model), "_supports_sdpa", True) else "eager"
+    base = base_of(model)
+    decoding_name = loadable_attention(base.config, "sdpa", type(base))
     try:
         for config, _ in switched:
             config._attn_implementation = decoding_name

@@ -92,11 +92,14 @@ def _value_size_differs(text_config: Any) -> bool:
     return size is not None and size != getattr(text_config, "qk_head_dim", getattr(text_config, "head_dim", None))
 
 
-def loadable_attention(config: Any, name: str) -> str:
-    """`name`, or eager in place of an sdpa that cannot compute the model's (Gemma 2 caps scores, gpt-oss has sinks)."""
+def loadable_attention(config: Any, name: str, model_class: type | None = None) -> str:
+    """`name`, or eager in place of an sdpa that cannot compute the model's (Gemma 2 caps scores, gpt-oss has sinks).
+
+    Without `model_class`, the class that transformers has for `config`.
+    """
     # Some releases of transformers 5 let Gemma 2 run sdpa, which leaves the cap out without a word.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    supported = getattr(_model_class(config), "_supports_sdpa", True) and not capped
+    supported = getattr(model_class or _model_class(config), "_supports_sdpa", True) and not capped
     return "eager" if name == "sdpa" and not supported else name
 
 
