@@ -10,7 +10,8 @@ Shapes: N supervised tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,29 @@ CACHED_BYTES = 2**20
 CHUNK_STEP = 32
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+
+# Within `traced`: the type of the device that tensors without data stand for.
+_traced: str | None = None
+
+
+@contextmanager
+def traced(device_type: str) -> Iterator[None]:
+    """Within this, tensors have no data and stand for those of a device: what is allocated is as there.
+
+    Two pieces of each kind are computed instead of all, since every later one takes the same memory.
+    """
+    global _traced
+    outer, _traced = _traced, device_type
+    try:
+        yield
+    finally:
+        _traced = outer
+
+
+def _starts(count: int, size: int) -> range:
+    """Where pieces of `size` rows begin, `count` rows in all."""
+    starts = range(0, count, size)
+    return starts if _traced is None else starts[:2]
 
 
 def chunk_tokens(vocab_size: int) -> int:
@@ -101,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND)
         grad_params = [torch.zeros_like(param) for param in params]
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden_ND.shape[0], size):
+        for start in _starts(hidden_ND.shape[0], size):
             targets = targets_N[start : start + size]
             # Few chunk lengths, since a kernel is compiled and kept for each: see kernels.attention.
             padding = -len(targets) % min(CHUNK_STEP, size)
@@ -134,8 +158,9 @@ def _loss_and_gradient(
     """
     grad = torch.empty_like(logits_nV)
     loss = torch.zeros((), dtype=torch.float32, device=logits_nV.device)
-    size = len(logits_nV) if logits_nV.is_cuda else max(1, CACHED_BYTES // (4 * logits_nV.shape[1]))
-    for start in range(0, len(logits_nV), size):
+    whole = (_traced or logits_nV.device.type) == "cuda"
+    size = len(logits_nV) if whole else max(1, CACHED_BYTES // (4 * logits_nV.shape[1]))
+    for start in _starts(len(logits_nV), size):
         index = targets_n[start : start + size, None]
         values = logits_nV[start : start + size].to(torch.float32, copy=True)
         picked = values.gather(1, index)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.errors import FinetuneError, ModelError, first_line
-from finetune.kernels import native, products
+from finetune.kernels import cross_entropy, native, products
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import RowLayout
@@ -191,7 +191,8 @@ def _measure_short(
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        found = _run(base, step, autocast, on_cpu)
+        with cross_entropy.traced("cpu" if on_cpu else "cuda"):
+            found = _run(base, step, autocast, on_cpu)
         return replace(found, scratch=float(sum(scratch.values())))
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from finetune.errors import ModelError
+from finetune.kernels import cross_entropy
 from finetune.kernels.layout import Group
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.footprint import Footprint, ForwardPass, _measure_short, between, measure_pass
@@ -96,6 +97,30 @@ def test_two_short_models_give_a_long_one() -> None:
     four, eight = (footprint(step, config=llama(num_hidden_layers=n)) for n in (4, 8))
     two = footprint(step, config=llama(num_hidden_layers=2))
     assert four.kept + 2 * (four.kept - two.kept) == eight.kept
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_two_pieces_of_the_loss_stand_for_all(
+    on_cpu: bool, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 32 * 320 * 4)
+    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", 5 * 320 * 4)
+
+    def measured() -> Footprint:
+        # A capped head: no native kernel, and a chunk's fp32 values by pieces on a CPU, at once on a GPU.
+        arguments = {"precision": "bf16-mixed", "checkpointing": False, "attention_name": "eager", "on_cpu": on_cpu}
+        adapter = LoraSection(rank=RANK, target_modules=targets)
+        return measure_pass(
+            CONFIGS["gemma2"](), ModelSection(name="x"), adapter, step=ForwardPass(1, 200, 200), **arguments
+        )
+
+    found = measured()
+    assert cross_entropy._starts(200, 32) == range(0, 200, 32), "out of an estimate, every piece is computed"
+    monkeypatch.setattr(cross_entropy, "_starts", lambda count, size: range(0, count, size))
+    assert measured() == found
+    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", 32 * 320 * 4)
+    assert on_cpu or measured() == found, "a GPU computes a chunk at once"
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
