@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -83,6 +84,8 @@ def _hint(place: Place, value: Any) -> str:
     choices = [str(choice) for choice in place.choices]
     if value is None and "none" in choices:
         return "did you mean none?"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it must be finite"
     if not isinstance(value, str):
         return ""
     near = nearest(value, choices) or (_SPOKEN.get(value.lower()) if "boolean" in kinds else None)

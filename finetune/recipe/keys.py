@@ -132,12 +132,16 @@ def _describe(node: dict[str, Any]) -> str:
 def _describe_bounds(node: dict[str, Any]) -> str:
     low = ""
     if "exclusiveMinimum" in node:
-        low = f" above {node['exclusiveMinimum']:g}"
+        low = f" above {_number(node['exclusiveMinimum'])}"
     elif "minimum" in node:
-        low = f" from {node['minimum']:g}"
+        low = f" from {_number(node['minimum'])}"
     if "exclusiveMaximum" in node:
-        return f"{low} and below {node['exclusiveMaximum']:g}"
-    return f"{low} to {node['maximum']:g}" if "maximum" in node else low
+        return f"{low} and below {_number(node['exclusiveMaximum'])}"
+    return f"{low} to {_number(node['maximum'])}" if "maximum" in node else low
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"  # %g rounds to six digits
 
 
 def flatten(value: Any, *, split_lists: bool = False, prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ QUANTIZED_4BIT = ("nf4", "fp4")
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are not coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -206,7 +206,9 @@ class TrainingSection(Section):
     activation_offload: bool = Field(
         False, description="Keep activations in host memory until the backward pass: less GPU memory, slower."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Order, initial adapter and dropout follow from it.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Order, initial adapter and dropout follow from it."
+    )
     compile: bool = Field(False, description="Compile the decoder layers, each for itself, with torch.compile.")
     on_non_finite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does.")
     on_out_of_memory: Literal["stop", "halve"] = Field(

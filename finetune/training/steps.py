@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from finetune.data.batches import ROW_MULTIPLE, MicroBatch, packed_batch, padded_batch, round_up, row_length
 from finetune.data.dataset import TokenDataset
 from finetune.data.packing import PackedRow, Prefixes, pack_rows
-from finetune.errors import DataError
+from finetune.errors import BadInputError, DataError
 from finetune.recipe.schema import TrainingSection
 
 
@@ -97,6 +97,7 @@ def build_plan(num_samples: int, training: TrainingSection) -> StepPlan:
 
     Raises:
         DataError: if there is nothing to train on.
+        BadInputError: if every step is one of warm-up.
     """
     if num_samples == 0:
         raise DataError("data.sources: no sample is left to train on; see the ledger above for the reasons")
@@ -105,7 +106,13 @@ def build_plan(num_samples: int, training: TrainingSection) -> StepPlan:
     if training.max_steps is not None:
         total = min(total, training.max_steps * size)
     total_samples = int(total)
-    return StepPlan(num_samples, size, math.ceil(total_samples / size), total_samples, training.seed)
+    num_steps, warmup = math.ceil(total_samples / size), training.schedule.warmup_steps
+    if warmup is not None and warmup >= num_steps:
+        raise BadInputError(
+            f"training.schedule.warmup_steps: {warmup:,} steps of warm-up do not end before the run does, which has "
+            f"{num_steps:,} ({total_samples:,} samples, {size:,} a step); lower it, or train for longer"
+        )
+    return StepPlan(num_samples, size, num_steps, total_samples, training.seed)
 
 
 def split_over_ranks(samples: Sequence[int], costs: np.ndarray, world_size: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.data.packing import PackedRow, Prefixes, best_fit_decreasing, no_prefixes, pack_rows
+from finetune.errors import BadInputError
 from finetune.recipe.schema import TrainingSection
 from finetune.training.steps import (
     Packing,
@@ -41,6 +42,15 @@ def test_fm14_the_last_step_holds_what_is_left() -> None:
 def test_max_steps_and_epochs_end_at_whichever_comes_first() -> None:
     assert build_plan(10, training(max_steps=2, epochs=3.0)).num_steps == 2
     assert build_plan(10, training(max_steps=99, epochs=1.0)).num_steps == 3
+
+
+def test_a_warm_up_ends_before_the_plan_does() -> None:
+    assert build_plan(10, training(epochs=1.0, schedule={"warmup_steps": 2})).num_steps == 3
+    with pytest.raises(
+        BadInputError, match=r"warmup_steps: 3 steps of warm-up .* which has 3 \(10 samples, 4 a step\)"
+    ):
+        build_plan(10, training(epochs=1.0, schedule={"warmup_steps": 3}))
+    assert build_plan(1, training(epochs=1.0)).num_steps == 1, "a share is rounded up, and is no mistake"
 
 
 def test_fm13_the_order_follows_from_the_seed_alone() -> None:
