@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import say
-from finetune.errors import ModelError, first_line
-from finetune.files import cache_dir, locked, new_directory, sha256_file, write_atomic
+from finetune.errors import FinetuneError, ModelError, first_line
+from finetune.files import cache_dir, locked, new_directory, sha256_file, write_atomic, write_failure
 from finetune.models.progress import library_bars
 from finetune.recipe.schema import ModelSection
 
@@ -53,6 +53,7 @@ def find_model(model: ModelSection) -> ModelSource:
 
     Raises:
         ModelError: if it is a local path or package that is absent or holds no model.
+        FinetuneError: if the converted file cannot be written.
     """
     if model.name.startswith(PACKAGE_SCHEME):
         return _from_gguf(model.name, _package_file(model.name))
@@ -288,10 +289,18 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with new_directory(folder) as temporary:
-        model.to(torch.bfloat16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "source.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256_file(path)}))
+    model.to(torch.bfloat16)
+    try:
+        with new_directory(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "source.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256_file(path)}))
+    # safetensors and tokenizers have errors of their own for a write that failed.
+    except Exception as error:
+        raise FinetuneError(
+            f"{folder}: cannot be written: {write_failure(error)}. {path.name} is converted there, once; "
+            "make room, or set FINETUNE_CACHE to another folder"
+        ) from error
 
 
 def load_gguf_tokenizer(path: Path) -> Any:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 from huggingface_hub import snapshot_download
 
-from finetune.errors import ModelError
+from finetune.errors import FinetuneError, ModelError
+from finetune.export import gguf_model
 from finetune.files import sha256_file
 from finetune.models import sources
 from finetune.models.sources import find_model, fingerprint
 from finetune.recipe.schema import ModelSection
 from tests.export.push_run import hub
 from tests.hub_double import HubDouble
+from tests.tiny import write_model
 
 assert hub  # a fixture
 
@@ -126,3 +129,27 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"weights")
     with pytest.raises(ModelError, match=r"b\.safetensors is missing; download the model again"):
         fingerprint(find_model(ModelSection(name=str(tmp_path))))
+
+
+@pytest.mark.parametrize(("saves_weights", "limit"), [(True, 20_000), (False, 2_000)], ids=["weights", "tokenizer"])
+def test_a_gguf_file_that_does_not_fit_into_the_cache_leaves_nothing(
+    saves_weights: bool, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on file sizes is a real failed write, which safetensors and tokenizers tell in errors of their own."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.gguf"
+    gguf_model.write_model(write_model(tmp_path / "base", "llama"), path, "f16", "tiny")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patched, pytest.raises(FinetuneError) as caught:
+        if not saves_weights:
+            patched.setattr("transformers.PreTrainedModel.save_pretrained", lambda self, folder: None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            find_model(ModelSection(name=str(path)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/cache/models/tiny-") and "cannot be written: File too large." in said
+    assert "tiny.gguf" in said and "FINETUNE_CACHE" in said
+    assert [file.suffix for file in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
+    assert Path(find_model(ModelSection(name=str(path))).location, "model.safetensors").is_file()
