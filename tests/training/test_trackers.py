@@ -15,9 +15,11 @@ import pytest
 
 from finetune.cli import main
 from finetune.machine import refuse_telemetry
+from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
 from finetune.training import trackers
 from finetune.training.metrics import read_metrics
+from tests.tiny import tiny_recipe
 from tests.training.conftest import RunTiny
 from tests.training.test_checkpoint import interrupt_after
 
@@ -43,6 +45,30 @@ def _own_trackio(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
 
 
+@pytest.fixture
+def wandb_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes that wandb is opened in, where there is no key and nothing but the code chooses; online it fails."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    modes: list[str] = []
+    if importlib.util.find_spec("wandb") is None:
+        return modes
+    import wandb
+
+    init = wandb.init
+
+    def spy(**given: Any) -> Any:
+        modes.append(given["mode"])
+        if given["mode"] != "offline":
+            raise ConnectionError("a test has no service")
+        return init(**given)
+
+    monkeypatch.setattr(wandb, "init", spy)
+    return modes
+
+
 def wandb_records(path: Path) -> Iterator[Any]:
     """The records of a .wandb file: a LevelDB log of protobuf messages.
 
@@ -66,10 +92,42 @@ def wandb_records(path: Path) -> Iterator[Any]:
             parts = b""
 
 
-def test_wandb_is_offline_without_a_key_and_keeps_its_id(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+NETRC = "machine {} login user password 0123456789abcdef0123456789abcdef01234567\n"
+# Environment and netrc file -> the mode.
+WANDB_KEYS: dict[str, tuple[dict[str, str], str, str]] = {
+    "none": ({}, "", "offline"),
+    "environment": ({"WANDB_API_KEY": "0" * 40}, "", "online"),
+    "netrc": ({}, NETRC.format("api.wandb.ai"), "online"),
+    "netrc, for another service": ({}, NETRC.format("example.org"), "offline"),
+    "netrc, for a server of one's own": (
+        {"WANDB_BASE_URL": "https://wandb.example.org"},
+        NETRC.format("wandb.example.org"),
+        "online",
+    ),
+    "a mode that is asked for": ({"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "disabled"}, "", "disabled"),
+}
+
+
+@pytest.mark.parametrize("key", WANDB_KEYS)
+def test_wandb_is_online_where_it_finds_a_key(
+    key: str, wandb_modes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    environment, netrc, mode = WANDB_KEYS[key]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    opened: list[str] = []
+    monkeypatch.setattr(wandb, "init", lambda **given: opened.append(given["mode"]))
+    recipe = Recipe.model_validate(tiny_recipe(tmp_path, tmp_path, tmp_path, logging={"trackers": ["wandb"]}))
+    trackers.TrackerGroup(recipe, RunDir(tmp_path / "run"), 0)
+    assert opened == [mode]
+
+
+def test_wandb_is_offline_without_a_key_and_keeps_its_id(run_tiny: RunTiny, wandb_modes: list[str]) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     run, losses = run_and_continue(run_tiny, "wandb", log_adapter=True, tags=["a"])
+    assert wandb_modes == ["offline"] * 2
     identity = (run.logs / "tracker_id").read_text()
     logged: dict[int, float] = {}
     configs, tables, artifacts, ids = [], [], set(), set()
@@ -148,7 +206,9 @@ def test_a_tracker_that_fails_never_stops_training(
     assert capsys.readouterr().err.count("the service went away") == 1
 
 
-def test_fm30_training_completes_with_every_socket_blocked(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fm30_training_completes_with_every_socket_blocked(
+    run_tiny: RunTiny, wandb_modes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     connect = socket.socket.connect
 
     def refuse(self: socket.socket, address: Any) -> None:
@@ -159,6 +219,7 @@ def test_fm30_training_completes_with_every_socket_blocked(run_tiny: RunTiny, mo
     monkeypatch.setattr(socket.socket, "connect", refuse)
     installed = [name for name in trackers.TRACKERS if importlib.util.find_spec(name) is not None]
     run = run_tiny(**SECTIONS, logging={"trackers": installed, "project": "blocked"})
+    assert wandb_modes == ["offline"] * ("wandb" in installed)
     assert len(list(read_metrics(run.metrics))) == 4 and run.adapter.is_dir()
 
 
