@@ -34,11 +34,12 @@ def test_the_demo_learns_its_task_within_its_budget(tmp_path: Path) -> None:
     assert before["exact_match"] <= 0.02
     assert after["exact_match"] >= 0.70
     assert after["valid_json"] >= 0.98 and after["perplexity"] < before["perplexity"]
-    # The target is 2.5 GB; resident memory differs a little between machines.
-    assert results["training"]["peak_memory_bytes"] < 2.75e9
+    assert results["training"]["peak_memory_bytes"] < 2.5e9
     assert (run / "report.html").stat().st_size > 10_000
     for shown in ("exact_match", "valid_json", "perplexity", "tokens/s", "peak memory", str(run / "adapter")):
         assert shown in done.stdout, shown
+    assert len(re.findall(r"^expected ", done.stdout, re.MULTILINE)) == 3
+    assert f"try it    finetune generate {run} --prompt 'your text'" in done.stdout.splitlines()
 
     prompt = "Hello, this is Ines Vardal. The Orbix Kettle I bought on 2024-05-14 arrived broken. Order A-10203."
     command = [sys.executable, "-m", "finetune", "generate", str(run), "--prompt", prompt]
