@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.recipe.shipped import copied_text
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,6 +41,18 @@ def test_the_wheel_holds_the_package_recipes_and_data_alone(installed: Path) -> 
     recipes = {path.name for path in (installed / "finetune" / "_shipped" / "recipes").iterdir()}
     assert recipes == {path.name for path in (ROOT / "recipes").glob("*.yaml")}
     assert not list(installed.rglob("__pycache__"))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+def test_the_first_line_of_a_recipe_leads_an_editor_to_the_schema(name: str, installed: Path) -> None:
+    schema = (ROOT / "finetune" / "recipe" / "schema.json").read_bytes()
+    for folder in (ROOT / "recipes", installed / "finetune" / "_shipped" / "recipes"):
+        first = (folder / name).read_text(encoding="utf-8").split("\n", 1)[0]
+        directive, named, path = first.partition("$schema=")
+        assert directive == "# yaml-language-server: " and named
+        assert (folder / path).read_bytes() == schema
+    copied = copied_text(folder / name).split("\n", 1)[0]
+    assert Path(copied.removeprefix("# yaml-language-server: $schema=")).read_bytes() == schema
 
 
 def test_a_shipped_recipe_is_listed_copied_and_finds_its_data(installed: Path, tmp_path: Path) -> None:
