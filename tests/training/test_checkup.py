@@ -38,3 +38,10 @@ def test_a_gpu_without_units_for_bf16_is_named(
     (found,) = devices(Checkup(made))
     assert (found.level, found.text) == ("warning", "slow")
     assert not devices(Checkup(made, gpu_bytes=10**12))
+
+
+def test_a_warm_up_that_outlasts_the_steps_is_an_error(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    made = recipe(model_dir("llama"), rows, tmp_path, max_steps=None, epochs=1, schedule={"warmup_steps": 3})
+    (found,) = run_checks({"steps": CHECKS["steps"]}, Checkup(made))
+    assert found.level == "error"
+    assert found.text.startswith("training.schedule.warmup_steps: 3 steps of warm-up do not end before the run does")
