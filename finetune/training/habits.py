@@ -137,6 +137,14 @@ def _mixed_precision(run: Planned) -> tuple[bool, str]:
     return True, f"training.precision is {precision}; trained parameters stay fp32"
 
 
+def _tf32(run: Planned) -> tuple[bool, str]:
+    if run.placement.accelerator == "cpu":
+        return False, "it is for GPUs"
+    if _computes_in(run.recipe) == torch.float32:
+        return False, "fp32 products stay exact; training.precision: bf16-mixed is the faster choice"
+    return False, "products that take time are of 16 bits already, and fp32 ones, such as rotary angles, stay exact"
+
+
 def _packing(run: Planned) -> tuple[bool, str]:
     if run.packing.packed:
         return True, "rows are filled with samples that cannot see each other"
@@ -258,6 +266,7 @@ HABITS: dict[str, Look] = {
     "multiples of 8": _multiples,
     "largest batch": _largest_batch,
     "mixed precision": _mixed_precision,
+    "TF32": _tf32,
     "packing": _packing,
     "fused attention": _attention,
     "native CPU kernels": _native_kernels,

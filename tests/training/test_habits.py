@@ -91,6 +91,7 @@ WHOLE: dict[str, tuple[Planned, Rows]] = {
             "multiples of 8": (True, "over 256 tokens are padded to multiples of 32 (data.row_multiple), shorter ones"),
             "largest batch": (False, "hardly faster on a CPU"),
             "mixed precision": (True, "bf16-mixed"),
+            "TF32": (False, "it is for GPUs"),
             "packing": (True, "cannot see each other"),
             "fused attention": (True, "the native kernel for rows and heads of a multiple of 32, else torch's flash"),
             "native CPU kernels": (
@@ -126,6 +127,7 @@ WHOLE: dict[str, tuple[Planned, Rows]] = {
             ),
             "largest batch": (False, "not tried under fsdp"),
             "mixed precision": (True, "bf16-mixed"),
+            "TF32": (False, "rotary angles, stay exact"),
             "packing": (True, "cannot see each other"),
             "fused attention": (True, "torch's variable-length flash kernel"),
             "native CPU kernels": (False, "they are for CPUs"),
@@ -156,6 +158,7 @@ WHOLE: dict[str, tuple[Planned, Rows]] = {
             "multiples of 8": (True, "multiples of 8; data.max_seq_len 509 is none"),
             "largest batch": (True, "training.auto_micro_batch tries"),
             "mixed precision": (True, "16-mixed"),
+            "TF32": (False, "rotary angles, stay exact"),
             "packing": (False, "padded to the longest of their batch"),
             "fused attention": (False, "auto is eager here"),
             "native CPU kernels": (False, "they are for CPUs"),
@@ -180,6 +183,7 @@ def test_every_habit_of_a_run(run: Planned, rows: Rows, monkeypatch: pytest.Monk
 
 FP32 = {"precision": "32-true"}
 ONE_ROW = [
+    (planned(GPU, training=FP32), "TF32", False, "fp32 products stay exact"),
     (planned(GPU, packed=False), "fused attention", True, SDPA),
     (planned(GPU, "sdpa"), "fused attention", True, f"{SDPA} with a dense mask"),
     (planned(GPU, "flash_attention_2", packed=False), "fused attention", True, "transformers' flash_attention_2"),
