@@ -87,6 +87,11 @@ def position_ids(layout: RowLayout, num_tokens: int) -> torch.Tensor:
     return torch.cat(parts)[None]
 
 
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`; a copy from memory that is not page-locked would wait for all work of a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _spans(layout: RowLayout) -> Iterator[tuple[int, int]]:
     for group in layout:
         if group.prefix_len:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from finetune.kernels.layout import RowLayout
+from finetune.kernels.layout import RowLayout, on_device
 
 # Flash kernels: Ampere or newer, half precision, queries, keys and values of one head size, a multiple of 8 up to 256.
 MIN_CAPABILITY = (8, 0)
@@ -64,14 +64,14 @@ def row_sequences(layout: RowLayout, num_tokens: int, device: torch.device) -> S
     return Sequences(
         _starts(lengths, device),
         _starts(key_lengths, device),
-        torch.cat(keys).to(device) if shared else None,
+        on_device(torch.cat(keys), device) if shared else None,
         max(lengths),
         max(key_lengths),
     )
 
 
 def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    return on_device(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
 
 def takes(query: torch.Tensor, value: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError
 from finetune.kernels.attention import NAME as SEGMENTS
-from finetune.kernels.layout import RowLayout, dense_mask
+from finetune.kernels.layout import RowLayout, dense_mask, on_device
 from finetune.kernels.layout import position_ids as layout_positions
 from finetune.recipe.schema import DataSection, ModelSection
 
@@ -137,7 +137,7 @@ def dense_masks(
     window = sliding_window(text)
     if window is None:
         return form(full)
-    positions = layout_positions(layout, num_tokens).to(device)[0]
+    positions = on_device(layout_positions(layout, num_tokens), device)[0]
     local = full & ((positions[:, None] - positions[None, :]) < window)
     if getattr(text, "layer_types", None) is None:
         return form(local)

@@ -23,7 +23,7 @@ from finetune.models.sources import ModelSource, find_model
 from finetune.models.weights import optimizer_bytes
 from finetune.recipe.schema import Recipe
 from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
-from finetune.training.habits import habits_of, why_bf16_is_slow
+from finetune.training.habits import Planned, habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
 from finetune.training.steps import Packing, StepPlan, build_plan
@@ -346,7 +346,10 @@ def known_speed(recipe: Recipe) -> float | None:
 
 
 def _check_habits(checkup: Checkup) -> Iterator[Finding]:
-    for habit in habits_of(checkup.recipe, checkup.resolved[0], packed=checkup.packing.packed):
+    placement, passes = checkup.resolved[0], checkup.passes
+    passes_a_step = passes.num_passes / (passes.num_steps * placement.world_size)
+    run = Planned(checkup.recipe, placement, checkup.attention, checkup.packing, passes_a_step)
+    for habit in habits_of(run):
         mark = "yes" if habit.active else "no"
         yield fact("habits", f"{habit.name}: {mark}; {habit.why}", name=habit.name, active=habit.active)
 

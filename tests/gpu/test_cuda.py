@@ -109,6 +109,25 @@ def test_offloaded_activations_give_the_same_losses(tmp_path: Path, monkeypatch:
     assert got == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.parametrize("packing", ["none", "isolated", "shared_prefix"])
+def test_a_step_never_waits_for_the_gpu(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, watched = FinetuneModule.training_step, []
+
+    def strict(self: FinetuneModule, batch: Any, batch_idx: int) -> None:
+        if self.step == 0:  # what is done once may wait
+            return step(self, batch, batch_idx)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(self, batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        watched.append(batch.step)
+
+    monkeypatch.setattr(FinetuneModule, "training_step", strict)
+    run(tmp_path, "llama", "run", "cuda", data={"packing": packing}, training={"precision": "bf16-mixed"})
+    assert watched == [1, 2, 3]
+
+
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "lion", "paged_lion_8bit", "adafactor"])
 def test_every_optimizer_resumes(optimizer: str, tmp_path: Path) -> None:
     training = {"optimizer": {"name": optimizer, "lr": 1e-3}}

@@ -77,6 +77,27 @@ def test_keys_are_gathered_only_for_a_prefix() -> None:
     assert keys is not None and len(keys) == 5 + (5 + 3) + (5 + 1) + (5 + 6)
 
 
+def test_a_gpu_gets_the_sequences_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From other memory a copy waits until the GPU has nothing left to do."""
+    pinned: list[torch.Tensor] = []
+    copied: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    def copy(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        assert device.type == "cuda" and non_blocking
+        copied.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    got = row_sequences.__wrapped__(ROWS["prefix"], 15, torch.device("cuda"))
+    assert [id(tensor) for tensor in copied] == [id(tensor) for tensor in pinned]
+    assert [id(tensor) for tensor in pinned] == [id(tensor) for tensor in got[:3]]
+
+
 def test_torch_has_the_kernel_and_its_arguments() -> None:
     from torch.nn.attention.varlen import varlen_attn
 

@@ -45,3 +45,19 @@ def test_a_warm_up_that_outlasts_the_steps_is_an_error(model_dir: ModelDir, rows
     (found,) = run_checks({"steps": CHECKS["steps"]}, Checkup(made))
     assert found.level == "error"
     assert found.text.startswith("training.schedule.warmup_steps: 3 steps of warm-up do not end before the run does")
+
+
+def test_habits_and_steps_tell_the_same_forward_passes(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    checkup = Checkup(recipe(model_dir("llama"), rows, tmp_path))
+    steps = [finding.text for finding in CHECKS["steps"](checkup)]
+    habits = [finding.text for finding in CHECKS["habits"](checkup)]
+    # Padded, 8 samples by 2 would be 4.
+    assert any("2.0 forward passes a step over all processes" in text for text in steps)
+    assert any("gradient accumulation: yes; about 2.0 forward passes a step" in text for text in habits)
+    assert not any("is eager" in text for text in habits)
+
+
+def test_habits_know_what_auto_attention_is(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    checkup = Checkup(recipe(model_dir("gemma2"), rows, tmp_path))
+    found = {finding.values["name"]: finding.text for finding in CHECKS["habits"](checkup)}
+    assert "auto is eager here" in found["fused attention"]

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 
 from finetune.errors import BadInputError
-from finetune.training.strategy import Placement, build_strategy, check_launch
+from finetune.recipe.schema import TrainingSection
+from finetune.training.strategy import Placement, build_strategy, build_trainer, check_launch, keep_fp32_exact
 
 
 def test_the_first_adapter_is_drawn_on_the_cpu_whatever_trains_it() -> None:
@@ -33,3 +34,25 @@ def test_several_machines_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> No
         check_launch(placement)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     check_launch(placement)
+
+
+def test_fp32_products_are_exact_whatever_was_set_before() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        keep_fp32_exact()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_a_trainer_on_a_gpu_keeps_fp32_exact(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr("finetune.training.strategy.keep_fp32_exact", lambda: kept.append(True))
+    monkeypatch.setattr(L, "Trainer", lambda **_: None)
+    build_trainer(Placement(accelerator, 1, 1, "single"), TrainingSection(), [])
+    assert kept == [True] * (accelerator == "cuda")
