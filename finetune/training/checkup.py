@@ -19,7 +19,7 @@ from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.footprint import ForwardPass, NoEstimateError
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_pass
-from finetune.models.sources import ModelSource, find_model
+from finetune.models.sources import ModelSource, describe_model
 from finetune.models.weights import optimizer_bytes
 from finetune.recipe.schema import Recipe
 from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
@@ -52,8 +52,8 @@ class Checkup:
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where the base is."""
-        return find_model(self.recipe.model)
+        """Where the base's configuration and tokenizer are; its weights need not be there."""
+        return describe_model(self.recipe.model)
 
     @cached_property
     def config(self) -> Any:
