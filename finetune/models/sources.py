@@ -31,8 +31,10 @@ _LARGE_BYTES = 2**20
 _SETTLED_SECONDS = 2.0
 # Where weights are: the first of these that there is.
 # Source: transformers, modeling_utils.py, _get_resolved_checkpoint_files.
-_INDEX = ".index.json"
-_WEIGHTS = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", _INDEX))
+INDEX_SUFFIX = ".index.json"
+WEIGHT_FILES = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX_SUFFIX)
+)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -126,7 +128,7 @@ def _config_hash(source: ModelSource, path: Path) -> str:
 def _weight_hashes(source: ModelSource, folder: Path) -> dict[str, str]:
     """sha256 of the files that transformers reads the weights from, by name; other weights beside them do not count."""
     unanswered: Exception | None = None
-    for name in _WEIGHTS:
+    for name in WEIGHT_FILES:
         try:
             digest = _sha256(source, folder, name, ask=unanswered is None)
         except Exception as error:
@@ -134,7 +136,7 @@ def _weight_hashes(source: ModelSource, folder: Path) -> dict[str, str]:
             continue
         if digest is None:
             continue
-        if not name.endswith(_INDEX):
+        if not name.endswith(INDEX_SUFFIX):
             return {name: digest}
         return {shard: _shard_sha256(source, folder, shard) for shard in _shards(source, folder, name)}
     if unanswered is not None:
@@ -230,10 +232,15 @@ def _content_hash(path: Path) -> str:
     return digest
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a local model has weights; one that is described by a GGUF header has none."""
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
 def _require_config(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name: {path} holds no config.json, so it is not a model directory")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+    if not holds_weights(path):
         raise ModelError(f"model.name: {path} holds no weights (*.safetensors); download or save the model again")
 
 

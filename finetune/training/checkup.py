@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +19,8 @@ from finetune.models.footprint import ForwardPass, NoEstimateError
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_pass
 from finetune.models.sources import ModelSource, describe_model
-from finetune.models.weights import optimizer_bytes
 from finetune.recipe.schema import Recipe
+from finetune.training.disk import find_room
 from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
 from finetune.training.habits import habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
@@ -297,23 +296,8 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
 
 
 def _check_disk(checkup: Checkup) -> Iterator[Finding]:
-    recipe = checkup.recipe
-    weights = checkup.planner.weights(recipe)
-    state = 4 * weights.num_trainable + optimizer_bytes(weights.trainable, recipe.training.optimizer)
-    saved = (recipe.checkpoint.keep_last + recipe.num_best_kept + 1) * state + 4 * weights.num_trainable
-    download = 0 if checkup.source.is_local else 2 * weights.num_parameters
-    free = shutil.disk_usage(existing_parent(Path(recipe.output_dir))).free
-    text = f"{format_bytes(saved)} of checkpoints" + (f", {format_bytes(download)} of weights" if download else "")
-    if saved + download > free:
-        yield error("disk", f"{text}, but only {format_bytes(free)} are free", needed_bytes=saved, free_bytes=free)
-    else:
-        yield fact("disk", f"{text}; {format_bytes(free)} are free", needed_bytes=saved, free_bytes=free)
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest directory above `path`, or itself, that is there."""
-    path = path.resolve()
-    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+    weights = checkup.planner.weights(checkup.recipe)
+    yield from find_room(checkup.recipe, checkup.source, weights, checkup.resolved[0])
 
 
 def _check_time(checkup: Checkup) -> Iterator[Finding]:
