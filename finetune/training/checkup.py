@@ -26,7 +26,7 @@ from finetune.training.habits import habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
 from finetune.training.steps import Packing, StepPlan, build_plan
-from finetune.training.strategy import Placement, resolve_placement
+from finetune.training.strategy import Placement, resolve_placement, strategy_of
 from finetune.training.train import choose_packing
 
 # Below this share of supervised tokens, nearly all work is spent on prompts.
@@ -105,7 +105,7 @@ class Checkup:
             memory = memory_of(placement)
         elif self._gpu_bytes is not None:
             count = self._devices or (section.devices if isinstance(section.devices, int) else 1)
-            strategy = "single" if count * section.num_nodes == 1 else section.strategy
+            strategy = strategy_of(section, count * section.num_nodes)
             placement = Placement("cuda", count, section.num_nodes, strategy, section.cpu_offload)
             memory = self._gpu_bytes
         else:

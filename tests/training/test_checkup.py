@@ -80,3 +80,22 @@ def test_a_gguf_base_is_known_by_its_header(
         sources.fingerprint(sources.ModelSource("base.gguf", str(described), None))
     capsys.readouterr()
     assert check() == by_header
+
+
+@pytest.mark.parametrize(("strategy", "settled"), [("auto", "single"), ("fsdp", "fsdp"), ("ddp", "ddp")])
+def test_only_auto_becomes_single_on_one_gpu_that_is_not_here(
+    model_dir: ModelDir, rows: Path, tmp_path: Path, strategy: str, settled: str
+) -> None:
+    distributed = {"strategy": strategy, "cpu_offload": strategy == "fsdp"}
+    written = tiny_recipe(tmp_path, model_dir("llama"), rows, distributed=distributed | {"accelerator": "auto"})
+    checkup = Checkup(load_recipe(write_recipe(tmp_path / "tiny.yaml", written)), gpu_bytes=24 * 10**9, devices=1)
+    (found, *_) = run_checks({"memory": CHECKS["memory"]}, checkup)
+    assert found.values["strategy"] == settled
+    assert (found.values["parts"]["base"] == 0) == (strategy == "fsdp")  # on the host
+
+
+def test_single_on_two_gpus_that_are_not_here_is_refused(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    written = tiny_recipe(tmp_path, model_dir("llama"), rows, distributed={"strategy": "single"})
+    made = load_recipe(write_recipe(tmp_path / "tiny.yaml", written))
+    (found,) = devices(Checkup(made, gpu_bytes=24 * 10**9, devices=2))
+    assert found.level == "error" and "single, but 2 processes" in found.text
