@@ -21,7 +21,7 @@ from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_p
 from finetune.models.sources import ModelSource, describe_model
 from finetune.recipe.schema import Recipe
 from finetune.training.disk import find_room
-from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
+from finetune.training.fitting import Devices, cheapest_fit, estimate, fewest_recomputed, memory_of, settle_strategy
 from finetune.training.habits import habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
@@ -281,6 +281,10 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     else:
         reason = f" ({why})" if why else ""
         yield fact("memory", f"about {format_bytes(found.total)} of {there} a {unit}: {placed}{reason}", **values)
+        fewest = fewest_recomputed(checkup.planner, checkup.recipe, step, placement.strategy, devices)
+        if fewest is not None:
+            advice = f"fewer than its {checkup.planner.num_layers} layers need to be computed again, which is faster"
+            yield fact("memory", f"{advice}: {fewest.overrides[0]} ({format_bytes(fewest.total)})")
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.parts.items() if size)
     yield fact("memory", f"of that {parts}")
     vocabulary = checkup.config.get_text_config().vocab_size

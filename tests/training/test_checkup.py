@@ -99,3 +99,10 @@ def test_single_on_two_gpus_that_are_not_here_is_refused(model_dir: ModelDir, ro
     made = load_recipe(write_recipe(tmp_path / "tiny.yaml", written))
     (found,) = devices(Checkup(made, gpu_bytes=24 * 10**9, devices=2))
     assert found.level == "error" and "single, but 2 processes" in found.text
+
+
+def test_layers_that_need_not_be_recomputed_are_named(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    made = recipe(model_dir("llama"), rows, tmp_path, gradient_checkpointing=True)
+    found = list(run_checks({"memory": CHECKS["memory"]}, Checkup(made, gpu_bytes=10**12)))
+    hint = "fewer than its 2 layers need to be computed again, which is faster: training.gradient_checkpointing=false"
+    assert all(one.level == "fact" for one in found) and any(one.text.startswith(hint) for one in found)
