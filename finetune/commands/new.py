@@ -144,12 +144,12 @@ def _absolute(text: str) -> str:
 def _look_at_model(text: str) -> _Model:
     """Size, context and tokenizer of a model; little of one that cannot be reached from here."""
     from finetune.models.load import load_config, load_tokenizer, quiet_libraries
-    from finetune.models.sources import find_model
+    from finetune.models.sources import describe_model
 
     quiet_libraries()
     section = ModelSection(name=_absolute(text))
     try:
-        source = find_model(section)
+        source = describe_model(section)
         config = load_config(section, source)
         tokenizer = load_tokenizer(section, source)
     except ModelError as error:

@@ -44,12 +44,9 @@ def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -
         FinetuneError: if the cache cannot be written.
         ModelError: if the base cannot be loaded.
     """
-    quantized = model.quantization in QUANTIZED_4BIT
-    as_on_disk = not quantized and load_config(model, source).dtype == base_dtype(model, precision)
-    if as_on_disk or model.trust_remote_code:  # code of its own is not written with the weights
+    folder = shared_folder(model, source, precision=precision)
+    if folder is None:
         return source
-    name = f"{Path(source.location).name}-{model.quantization}-{_key(model, source, precision)}"
-    folder = cache_dir() / "models" / name
     try:
         with locked(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
@@ -60,6 +57,16 @@ def shared_source(model: ModelSection, source: ModelSource, *, precision: str) -
             "from there; make room, or set FINETUNE_CACHE to another folder"
         ) from error
     return ModelSource(source.name, str(folder), None)
+
+
+def shared_folder(model: ModelSection, source: ModelSource, *, precision: str) -> Path | None:
+    """Where the copy is, or will be, that `shared_source` makes; None where the base is mapped as it is."""
+    quantized = model.quantization in QUANTIZED_4BIT
+    as_on_disk = not quantized and load_config(model, source).dtype == base_dtype(model, precision)
+    if as_on_disk or model.trust_remote_code:  # code of its own is not written with the weights
+        return None
+    name = f"{Path(source.location).name}-{model.quantization}-{_key(model, source, precision)}"
+    return cache_dir() / "models" / name
 
 
 def quantized_source(model: ModelSection, source: ModelSource, *, precision: str) -> ModelSource:

@@ -1,6 +1,7 @@
 """Where a base model is: a hub id, a directory, a GGUF file, or a file that a Python package carries.
 
-A GGUF file is dequantized and converted once into the cache; from then on it is a directory like any other.
+A GGUF file is dequantized and converted once into the cache; from then on it is a directory like any other. Until
+then, who needs no weights has configuration and tokenizer from its header.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import importlib.util
 import json
 import re
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ _LARGE_BYTES = 2**20
 _SETTLED_SECONDS = 2.0
 # Where weights are: the first of these that there is.
 # Source: transformers, modeling_utils.py, _get_resolved_checkpoint_files.
-_INDEX = ".index.json"
-_WEIGHTS = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", _INDEX))
+INDEX_SUFFIX = ".index.json"
+WEIGHT_FILES = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX_SUFFIX)
+)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -55,21 +59,40 @@ def find_model(model: ModelSection) -> ModelSource:
         ModelError: if it is a local path or package that is absent or holds no model.
         FinetuneError: if the converted file cannot be written.
     """
-    if model.name.startswith(PACKAGE_SCHEME):
-        return _from_gguf(model.name, _package_file(model.name))
+    return _find(model, _convert_gguf)
+
+
+def describe_model(model: ModelSection) -> ModelSource:
+    """`find_model` for who needs no weights: of a GGUF file that is not converted yet only the header is read.
+
+    Its `location` then holds configuration and tokenizer alone, the same that the converted model has.
+
+    Raises:
+        ModelError: if it is a local path or package that is absent or holds no model.
+    """
+    return _find(model, _describe_gguf)
+
+
+def _find(model: ModelSection, read_gguf: Callable[[Path, Path], Path]) -> ModelSource:
+    """`read_gguf` takes a GGUF file and the folder of its converted copy, and gives the one to load from."""
     path = Path(model.name).expanduser()
+    if model.name.startswith(PACKAGE_SCHEME):
+        path = _package_file(model.name)
+        return ModelSource(model.name, str(read_gguf(path, _converted_folder(path))), None)
     if path.suffix == ".gguf":
-        return _from_gguf(model.name, path)
+        return ModelSource(model.name, str(read_gguf(path, _converted_folder(path))), None)
     if path.is_dir():
-        if model.gguf_file is not None:
-            return _from_gguf(f"{model.name}/{model.gguf_file}", path / model.gguf_file)
-        _require_config(path)
-        return ModelSource(model.name, str(path), None)
-    if path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1:
+        if model.gguf_file is None:
+            _require_config(path)
+            return ModelSource(model.name, str(path), None)
+        path /= model.gguf_file
+    elif path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1:
         raise ModelError(f"model.name: no such directory or file: {model.name}")
-    if model.gguf_file is not None:
-        return _from_gguf(f"{model.name}/{model.gguf_file}", _hub_file(model))
-    return ModelSource(model.name, model.name, model.revision)
+    elif model.gguf_file is None:
+        return ModelSource(model.name, model.name, model.revision)
+    else:
+        path = _hub_file(model)
+    return ModelSource(f"{model.name}/{model.gguf_file}", str(read_gguf(path, _converted_folder(path))), None)
 
 
 def fingerprint(source: ModelSource) -> dict[str, Any]:
@@ -80,10 +103,13 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
     1 GB/s), once.
 
     Raises:
-        ModelError: the weights are not here and the Hub cannot be asked, or a shard is missing.
+        ModelError: the weights are not here and the Hub cannot be asked, or some or all of a directory's are missing.
     """
     folder = Path(source.location) if source.is_local else snapshot_folder(source)
-    hashes = {"config.json": _config_hash(source, folder / "config.json"), **_weight_hashes(source, folder)}
+    weights = _weight_hashes(source, folder)
+    if source.is_local and not weights:
+        raise ModelError(f"model.name: {source.name}: {folder} holds no weights to tell it by")
+    hashes = {"config.json": _config_hash(source, folder / "config.json"), **weights}
     lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
     return {
         "name": source.name,
@@ -103,7 +129,7 @@ def _config_hash(source: ModelSource, path: Path) -> str:
 def _weight_hashes(source: ModelSource, folder: Path) -> dict[str, str]:
     """sha256 of the files that transformers reads the weights from, by name; other weights beside them do not count."""
     unanswered: Exception | None = None
-    for name in _WEIGHTS:
+    for name in WEIGHT_FILES:
         try:
             digest = _sha256(source, folder, name, ask=unanswered is None)
         except Exception as error:
@@ -111,7 +137,7 @@ def _weight_hashes(source: ModelSource, folder: Path) -> dict[str, str]:
             continue
         if digest is None:
             continue
-        if not name.endswith(_INDEX):
+        if not name.endswith(INDEX_SUFFIX):
             return {name: digest}
         return {shard: _shard_sha256(source, folder, shard) for shard in _shards(source, folder, name)}
     if unanswered is not None:
@@ -207,10 +233,15 @@ def _content_hash(path: Path) -> str:
     return digest
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a local model has weights; one that is described by a GGUF header has none."""
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
 def _require_config(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name: {path} holds no config.json, so it is not a model directory")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+    if not holds_weights(path):
         raise ModelError(f"model.name: {path} holds no weights (*.safetensors); download or save the model again")
 
 
@@ -261,29 +292,51 @@ def unreachable(name: str, error: Exception) -> ModelError:
     return ModelError(f"model.name: cannot load {name}: {first_line(error)}\n  {todo}")
 
 
-def _from_gguf(name: str, path: Path) -> ModelSource:
+def _converted_folder(path: Path) -> Path:
+    """Where the converted copy of a GGUF file is, or will be."""
     if not path.is_file():
         raise ModelError(f"model.name: no such file: {path}")
     key = hashlib.sha256(f"{_content_hash(path)} {CONVERSION_VERSION}".encode()).hexdigest()[:16]
-    folder = cache_dir() / "models" / f"{path.stem}-{key}"
+    return cache_dir() / "models" / f"{path.stem}-{key}"
+
+
+def _convert_gguf(path: Path, folder: Path) -> Path:
+    """Make the converted copy unless it is there."""
     if not folder.is_dir():
         with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                _convert_gguf(path, folder)
-    return ModelSource(name, str(folder), None)
+                _write_converted(path, folder)
+    return folder
 
 
-def _convert_gguf(path: Path, folder: Path) -> None:
+def _describe_gguf(path: Path, folder: Path) -> Path:
+    """The converted copy where it is there, else one that lacks its weights, made unless it is there."""
+    described = cache_dir() / "descriptions" / folder.name
+    if folder.is_dir():
+        return folder
+    if not described.is_dir():
+        with locked(described.with_suffix(".lock")):
+            if not described.is_dir():
+                _write_description(path, described)
+    return described
+
+
+@contextmanager
+def _naming_gguf(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"model.name: {path} cannot be read as a GGUF model: {error}") from error
+
+
+def _write_converted(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     say(f"converting {path.name} to safetensors, once (about 20 s for 135 M parameters)")
-    try:
-        with library_bars():
-            tokenizer = load_gguf_tokenizer(path)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
-    except Exception as error:
-        raise ModelError(f"model.name: {path} cannot be read as a GGUF model: {error}") from error
+    with _naming_gguf(path), library_bars():
+        tokenizer = load_gguf_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
     # The loader marks the model as quantized, and save_pretrained refuses such a model; its weights are plain by now.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -301,6 +354,26 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             f"{folder}: cannot be written: {write_failure(error)}. {path.name} is converted there, once; "
             "make room, or set FINETUNE_CACHE to another folder"
         ) from error
+
+
+def _write_description(path: Path, folder: Path) -> None:
+    """`_write_converted` without weights; `config.json` is the same, byte for byte."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    say(f"reading configuration and tokenizer of {path.name}, once")
+    with _naming_gguf(path):
+        tokenizer = load_gguf_tokenizer(path)
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # What save_pretrained adds to the configuration of a model that it saves.
+    model.config.dtype = torch.bfloat16
+    model.config.architectures = [type(model).__name__]
+    with new_directory(folder) as temporary:
+        model.config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def load_gguf_tokenizer(path: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +18,15 @@ from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.footprint import ForwardPass, NoEstimateError
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_pass
-from finetune.models.sources import ModelSource, find_model
-from finetune.models.weights import optimizer_bytes
+from finetune.models.sources import ModelSource, describe_model
 from finetune.recipe.schema import Recipe
-from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
+from finetune.training.disk import find_room
+from finetune.training.fitting import Devices, cheapest_fit, estimate, fewest_recomputed, memory_of, settle_strategy
 from finetune.training.habits import Planned, habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
 from finetune.training.steps import Packing, StepPlan, build_plan
-from finetune.training.strategy import Placement, resolve_placement
+from finetune.training.strategy import Placement, resolve_placement, strategy_of
 from finetune.training.train import choose_packing
 
 # Below this share of supervised tokens, nearly all work is spent on prompts.
@@ -52,8 +51,8 @@ class Checkup:
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where the base is."""
-        return find_model(self.recipe.model)
+        """Where the base's configuration and tokenizer are; its weights need not be there."""
+        return describe_model(self.recipe.model)
 
     @cached_property
     def config(self) -> Any:
@@ -106,7 +105,7 @@ class Checkup:
             memory = memory_of(placement)
         elif self._gpu_bytes is not None:
             count = self._devices or (section.devices if isinstance(section.devices, int) else 1)
-            strategy = "single" if count * section.num_nodes == 1 else section.strategy
+            strategy = strategy_of(section, count * section.num_nodes)
             placement = Placement("cuda", count, section.num_nodes, strategy, section.cpu_offload)
             memory = self._gpu_bytes
         else:
@@ -282,6 +281,10 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     else:
         reason = f" ({why})" if why else ""
         yield fact("memory", f"about {format_bytes(found.total)} of {there} a {unit}: {placed}{reason}", **values)
+        fewest = fewest_recomputed(checkup.planner, checkup.recipe, step, placement.strategy, devices)
+        if fewest is not None:
+            advice = f"fewer than its {checkup.planner.num_layers} layers need to be computed again, which is faster"
+            yield fact("memory", f"{advice}: {fewest.overrides[0]} ({format_bytes(fewest.total)})")
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.parts.items() if size)
     yield fact("memory", f"of that {parts}")
     vocabulary = checkup.config.get_text_config().vocab_size
@@ -297,23 +300,8 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
 
 
 def _check_disk(checkup: Checkup) -> Iterator[Finding]:
-    recipe = checkup.recipe
-    weights = checkup.planner.weights(recipe)
-    state = 4 * weights.num_trainable + optimizer_bytes(weights.trainable, recipe.training.optimizer)
-    saved = (recipe.checkpoint.keep_last + recipe.num_best_kept + 1) * state + 4 * weights.num_trainable
-    download = 0 if checkup.source.is_local else 2 * weights.num_parameters
-    free = shutil.disk_usage(existing_parent(Path(recipe.output_dir))).free
-    text = f"{format_bytes(saved)} of checkpoints" + (f", {format_bytes(download)} of weights" if download else "")
-    if saved + download > free:
-        yield error("disk", f"{text}, but only {format_bytes(free)} are free", needed_bytes=saved, free_bytes=free)
-    else:
-        yield fact("disk", f"{text}; {format_bytes(free)} are free", needed_bytes=saved, free_bytes=free)
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest directory above `path`, or itself, that is there."""
-    path = path.resolve()
-    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+    weights = checkup.planner.weights(checkup.recipe)
+    yield from find_room(checkup.recipe, checkup.source, weights, checkup.resolved[0])
 
 
 def _check_time(checkup: Checkup) -> Iterator[Finding]:

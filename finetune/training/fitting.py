@@ -117,6 +117,24 @@ def cheapest_fit(planner: Planner, recipe: Recipe, step: ForwardPass, strategy: 
     return None
 
 
+def fewest_recomputed(
+    planner: Planner, recipe: Recipe, step: ForwardPass, strategy: str, devices: Devices
+) -> Fit | None:
+    """For a run that recomputes every layer, the fewest of them with which it fits; None where it needs all of them.
+
+    None too where activations are offloaded: the estimate does not count what the host would then keep.
+    """
+    training = recipe.training
+    if training.gradient_checkpointing is not True or (training.activation_offload and devices.accelerator == "cuda"):
+        return None
+    for count in range(planner.num_layers):
+        text, state = _training(_State(recipe, step, strategy), "gradient_checkpointing", count or False)
+        total = _total(planner, state, devices)
+        if total <= devices.usable_bytes:
+            return Fit((text,), total)
+    return None
+
+
 def _total(planner: Planner, state: _State, devices: Devices) -> int:
     return estimate(planner, state.recipe, state.step, state.strategy, devices).total
 

@@ -70,14 +70,21 @@ def resolve_placement(section: DistributedSection) -> Placement:
     assert isinstance(devices, int)
     if accelerator == "cuda" and devices > available:
         raise BadInputError(f"distributed.devices: {devices}, but this machine has {available} GPUs")
-    strategy = section.strategy
-    if strategy == "auto":
-        strategy = "single" if devices * num_nodes == 1 else "ddp"
-    if strategy == "single" and devices * num_nodes > 1:
-        raise BadInputError(
-            f"distributed.strategy: single, but {devices * num_nodes} processes were started; use ddp or fsdp"
-        )
+    strategy = strategy_of(section, devices * num_nodes)
     return Placement(accelerator, devices, num_nodes, strategy, section.cpu_offload)
+
+
+def strategy_of(section: DistributedSection, world_size: int) -> str:
+    """The recipe's strategy; for auto `single`, or `ddp` for several processes.
+
+    Raises:
+        BadInputError: for `single` on several.
+    """
+    if section.strategy == "auto":
+        return "single" if world_size == 1 else "ddp"
+    if section.strategy == "single" and world_size > 1:
+        raise BadInputError(f"distributed.strategy: single, but {world_size} processes were started; use ddp or fsdp")
+    return section.strategy
 
 
 def launcher() -> ClusterEnvironment | None:

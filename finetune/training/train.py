@@ -28,7 +28,7 @@ from finetune.models.load import load_config, load_tokenizer
 from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.models.tokenizer_files import save_tokenizer
 from finetune.recipe.load import dump_recipe, read_document
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import ModelSection, Recipe
 from finetune.run_dir import RunDir
 from finetune.stop_signals import StopSignals, blocked, leave_to_parent
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
@@ -88,8 +88,10 @@ class Job:
         )
 
 
-def prepare_job(recipe: Recipe) -> Job:
+def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] = find_model) -> Job:
     """Tokenizer, template, data, plan and placement; no weights are loaded.
+
+    `find` is `describe_model` for who will not train: the job's `source` may then lack weights.
 
     Raises:
         BadInputError: whatever is wrong with the model's name, the data or the devices.
@@ -99,7 +101,7 @@ def prepare_job(recipe: Recipe) -> Job:
     if recipe.training.auto_micro_batch:
         check_placement(first)
     with in_turn():
-        source = find_model(recipe.model)
+        source = find(recipe.model)
         config = load_config(recipe.model, source)
         attention = choose_attention(config, recipe.model, recipe.data)
         tokenizer = load_tokenizer(recipe.model, source)

@@ -1,14 +1,21 @@
-"""What `finetune check` says of the devices, for GPUs that are not here."""
+"""What `finetune check` says of devices that are not here, and of a base without its weights."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from finetune.cli import main
+from finetune.errors import ModelError
+from finetune.export.gguf_model import write_model
 from finetune.findings import Finding, run_checks
+from finetune.models import sources
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import ModelSection, Recipe
 from finetune.training.checkup import CHECKS, Checkup
 from tests.tiny import tiny_recipe, write_recipe
 
@@ -61,3 +68,64 @@ def test_habits_know_what_auto_attention_is(model_dir: ModelDir, rows: Path, tmp
     checkup = Checkup(recipe(model_dir("gemma2"), rows, tmp_path))
     found = {finding.values["name"]: finding.text for finding in CHECKS["habits"](checkup)}
     assert "auto is eager here" in found["fused attention"]
+
+
+def test_a_gguf_base_is_known_by_its_header(
+    model_dir: ModelDir, rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    cache, gguf = tmp_path / "cache", tmp_path / "base.gguf"
+    monkeypatch.setenv("FINETUNE_CACHE", str(cache))
+    write_model(model_dir("tied_llama"), gguf, "q8_0", "tiny")
+    path = str(write_recipe(tmp_path / "tiny.yaml", tiny_recipe(tmp_path, gguf, rows)))
+
+    def check() -> list[Finding]:
+        assert main(["check", path, "--json"]) == 0
+        found = [Finding(**one) for one in json.loads(capsys.readouterr().out)["findings"]]
+        for one in found:
+            for of_the_cache in ("location", "ledger"):
+                one.values.pop(of_the_cache, None)
+        return [one for one in found if one.topic != "disk"]
+
+    with monkeypatch.context() as unread:
+        unread.setattr(sources, "_write_converted", lambda *_: pytest.fail("the weights were read"))
+        by_header = check()
+        assert main(["preview", path]) == 0
+        new = ["new", "--model", str(gguf), "--data", str(rows), "--hardware", "cpu", "--epochs", "1"]
+        assert main([*new, "--output", str(tmp_path / "new.yaml")]) == 0
+    assert not list((cache / "models").glob("*"))
+    section = ModelSection(name=str(gguf))
+    described, converted = (Path(find(section).location) for find in (sources.describe_model, sources.find_model))
+    assert described != converted and sources.describe_model(section).location == str(converted)
+    lacking = {file.name for file in converted.iterdir()} - {file.name for file in described.iterdir()}
+    assert lacking == {"model.safetensors", "source.json"}
+    assert all((converted / file.name).read_bytes() == file.read_bytes() for file in described.iterdir())
+    with pytest.raises(ModelError, match="holds no weights"):
+        sources.fingerprint(sources.ModelSource("base.gguf", str(described), None))
+    capsys.readouterr()
+    assert check() == by_header
+
+
+@pytest.mark.parametrize(("strategy", "settled"), [("auto", "single"), ("fsdp", "fsdp"), ("ddp", "ddp")])
+def test_only_auto_becomes_single_on_one_gpu_that_is_not_here(
+    model_dir: ModelDir, rows: Path, tmp_path: Path, strategy: str, settled: str
+) -> None:
+    distributed = {"strategy": strategy, "cpu_offload": strategy == "fsdp"}
+    written = tiny_recipe(tmp_path, model_dir("llama"), rows, distributed=distributed | {"accelerator": "auto"})
+    checkup = Checkup(load_recipe(write_recipe(tmp_path / "tiny.yaml", written)), gpu_bytes=24 * 10**9, devices=1)
+    (found, *_) = run_checks({"memory": CHECKS["memory"]}, checkup)
+    assert found.values["strategy"] == settled
+    assert (found.values["parts"]["base"] == 0) == (strategy == "fsdp")  # on the host
+
+
+def test_single_on_two_gpus_that_are_not_here_is_refused(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    written = tiny_recipe(tmp_path, model_dir("llama"), rows, distributed={"strategy": "single"})
+    made = load_recipe(write_recipe(tmp_path / "tiny.yaml", written))
+    (found,) = devices(Checkup(made, gpu_bytes=24 * 10**9, devices=2))
+    assert found.level == "error" and "single, but 2 processes" in found.text
+
+
+def test_layers_that_need_not_be_recomputed_are_named(model_dir: ModelDir, rows: Path, tmp_path: Path) -> None:
+    made = recipe(model_dir("llama"), rows, tmp_path, gradient_checkpointing=True)
+    found = list(run_checks({"memory": CHECKS["memory"]}, Checkup(made, gpu_bytes=10**12)))
+    hint = "fewer than its 2 layers need to be computed again, which is faster: training.gradient_checkpointing=false"
+    assert all(one.level == "fact" for one in found) and any(one.text.startswith(hint) for one in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,22 @@ import torch
 import transformers
 
 from finetune.models.footprint import ForwardPass
-from finetune.models.memory import Planner, Spread
+from finetune.models.memory import Planner, Spread, largest_pass
 from finetune.recipe.schema import Recipe
-from finetune.training.fitting import Devices, _fsdp, _offload, _State, cheapest_fit, choose_strategy, estimate, place
+from finetune.training.fitting import (
+    USABLE_SHARE,
+    Devices,
+    _fsdp,
+    _offload,
+    _State,
+    cheapest_fit,
+    choose_strategy,
+    estimate,
+    fewest_recomputed,
+    place,
+)
 from finetune.training.strategy import Placement
-from tests.models.test_memory import recipe
+from tests.models.test_memory import llama, recipe
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "vocab_size": 8192}
 CONFIG = transformers.LlamaConfig(**SIZES, num_attention_heads=16, num_key_value_heads=4)
@@ -64,6 +76,27 @@ def apply(made: Recipe, override: str) -> Recipe:
             section = section[piece]
         section[last] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
     return Recipe.model_validate(values)
+
+
+def test_the_fewest_layers_to_recompute_are_named() -> None:
+    made = recipe(training={"micro_batch_size": 8, "gradient_checkpointing": True})
+    planner, spread, attention = Planner(llama()), Spread("single", 1, "cuda"), "segments"
+    step, all_layers = largest_pass(planner.config, made, attention), planner.num_layers
+
+    def total(count: int) -> int:
+        value = {0: "false", all_layers: "true"}.get(count, str(count))
+        changed = apply(made, f"training.gradient_checkpointing={value}")
+        return planner.estimate(changed, spread, step).total
+
+    for wanted in (0, 1, all_layers - 1, all_layers):
+        devices = Devices("cuda", math.ceil((total(wanted) + 1) / USABLE_SHARE), 1)
+        fit = fewest_recomputed(planner, made, step, "single", devices)
+        if wanted == all_layers:
+            assert fit is None
+        else:
+            assert fit is not None and fit.total == total(wanted)
+            assert fit.overrides == (f"training.gradient_checkpointing={wanted or 'false'}",)
+    assert fewest_recomputed(planner, apply(made, "training.gradient_checkpointing=1"), step, "single", devices) is None
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
