@@ -10,7 +10,7 @@ attention, which is also right for right-padded batches: no real token comes aft
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -200,8 +200,8 @@ def _tile_backward(query, key, value, grad_out, lse, delta, grads, tile: Block, 
     grads[0][q_at].add_(torch.bmm(d_scores, k).view(1, query.shape[1], q_stop - q0, -1))
 
 
-def register() -> None:
+def register(function: Callable[..., Any] = segment_attention) -> None:
     """Make `segments` known to transformers, without a mask function: it gets none."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, segment_attention)
+    AttentionInterface.register(NAME, function)

@@ -71,6 +71,22 @@ def native_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch
     return _NativeLoraLinears.apply(x, layers, *matrices) if _native_takes(x, matrices) else None
 
 
+def traced_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a_RD: torch.Tensor,
+    b_OR: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """As `lora_linears` for one layer with a dense weight [O, D], in plain operations, which torch.compile fuses."""
+    dtype = _compute_dtype(x)
+    x = x.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return y + F.linear(F.linear(x, a_RD.to(dtype)), b_OR.to(dtype)) * scale
+
+
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

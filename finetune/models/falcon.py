@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # The rotation by its name, which `models.fused` looks for.
 from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES, FalconAttention, apply_rotary_pos_emb
 
 from finetune.kernels.attention import NAME as SEGMENTS
-from finetune.kernels.attention import segment_attention
 
 
 class SegmentsFalconAttention(FalconAttention):
@@ -39,7 +39,7 @@ class SegmentsFalconAttention(FalconAttention):
         parts = fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
         query, key, value = (part.transpose(1, 2) for part in parts)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        out, _ = segment_attention(self, query, key, value, attention_mask)
+        out, _ = ALL_ATTENTION_FUNCTIONS[SEGMENTS](self, query, key, value, attention_mask)
         return self.dense(out.flatten(2)), None
 
 

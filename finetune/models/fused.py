@@ -6,6 +6,7 @@ Nothing is renamed or replaced: only the `forward` of single modules changes, so
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,7 +18,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from finetune.kernels.lora import FourBit, Projection, lora_linears, native_linears
+from finetune.kernels.lora import FourBit, Projection, lora_linears, native_linears, traced_lora_linear
 from finetune.kernels.native import is_plain
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
 from finetune.models.heads import decoder_layers
@@ -46,11 +47,11 @@ class Fused:
     frozen: int = 0
 
 
-def fuse(model: PeftModel, compiled: bool = False) -> Fused:
-    """Replace the forwards that allow it; `compiled` ones keep their rotation, which torch.compile fuses itself."""
+def fuse(model: PeftModel) -> Fused:
+    """Replace the forwards that allow it. For a model whose layers are compiled: `models.compiled`."""
     count = Fused()
     grouped: set[torch.nn.Module] = set()
-    frozen = set() if compiled else set(_frozen_linears(model))
+    frozen = set(_frozen_linears(model))
     shares_kv = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
     for module in model.modules():
         for names in GROUPS:
@@ -69,14 +70,14 @@ def fuse(model: PeftModel, compiled: bool = False) -> Fused:
                 continue
             count.lora += 1
             if module not in grouped:
-                module.forward = MethodType(_lora_forward, module)
+                module.forward = MethodType(lora_forward, module)
         elif _is_rms_norm(module):
             module.forward = MethodType(_norm_forward, module)
             count.norms += 1
         elif _is_swiglu(module):
             module.forward = MethodType(_swiglu_forward, module)
             count.mlps += 1
-        elif not compiled and (rotating := _with_rotation(type(module).forward)) is not None:
+        elif (rotating := _with_rotation(type(module).forward)) is not None:
             module.forward = MethodType(rotating, module)
             count.rotations += 1
     return count
@@ -85,8 +86,8 @@ def fuse(model: PeftModel, compiled: bool = False) -> Fused:
 def unfuse(model: PeftModel) -> None:
     """Give every module the forward of its class again: what `fuse` is compared with."""
     for module in model.modules():
-        replaced = getattr(vars(module).get("forward"), "__func__", None)
-        ours = (_lora_forward, _frozen_forward, _grouped_forward, _norm_forward, _swiglu_forward)
+        replaced = inspect.unwrap(getattr(vars(module).get("forward"), "__func__", None))  # type: ignore[arg-type]
+        ours = (lora_forward, _frozen_forward, _grouped_forward, _norm_forward, _swiglu_forward, traced_lora_forward)
         if getattr(replaced, "func", replaced) in ours or _rotation_of(replaced) is _rotation:
             del module.forward
 
@@ -188,11 +189,21 @@ def _attach_quant_state(base: Any) -> None:
     fix_4bit_weight_quant_state_from_module(base)
 
 
-def _lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A LoRA layer's forward as one node, or PEFT's own where that is not the same."""
     if args or kwargs or not isinstance(layer, LoraLayer) or not _is_plain(layer):
         out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return out
     return lora_linears(x, [projection(layer)])[0]
+
+
+def traced_lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A dense LoRA layer's forward for torch.compile, which compares by identity what is made for one layer alone."""
+    if args or kwargs or not _is_plain(layer):
+        out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return out
+    base, a, b = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return traced_lora_linear(x, base.weight, base.bias, a, b, layer.scaling[ADAPTER])
 
 
 def run_natively(module: Any, otherwise: Callable[..., torch.Tensor]) -> None:
@@ -237,7 +248,7 @@ def _grouped_forward(
         if not pending.outputs:
             pending.x = None
         return out
-    return _lora_forward(layer, x, *args, **kwargs)
+    return lora_forward(layer, x, *args, **kwargs)
 
 
 def _is_rms_norm(module: torch.nn.Module) -> bool:

@@ -23,6 +23,7 @@ from finetune.kernels.offload import offloaded
 from finetune.machine import is_out_of_memory, naming_out_of_memory, release_freed_memory
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
+from finetune.models.compiled import compile_layers, make_traceable
 from finetune.models.fused import fuse
 from finetune.models.heads import check_head, checkpoint_layers, decoder_layers, decoder_of, supervised_loss
 from finetune.models.load import LESS_FOR_LOADING, fit_vocabulary, load_base
@@ -127,7 +128,7 @@ class FinetuneModule(L.LightningModule):
             check_head(base, self.source.name)
         checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
-        fused = fuse(model, compiled=training.compile)
+        fused = make_traceable(model) if training.compile else fuse(model)
         if fused.left_to_peft:
             say(f"{fused.left_to_peft} adapter layers run PEFT's own forward: dropout, DoRA and int8 are not fused")
         on_cpu = torch.device(device).type == "cpu" and training.precision.startswith("bf16")
@@ -146,9 +147,8 @@ class FinetuneModule(L.LightningModule):
             release_freed_memory()
         else:
             self.loss_model.to(device)
-        if training.compile:
-            for layer in decoder_layers(model):
-                layer.compile()
+        if training.compile and (left := compile_layers(model)):
+            say(f"{left} decoder layers run uncompiled: training.gradient_checkpointing does not go with compile")
         release_freed_memory()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
