@@ -79,6 +79,7 @@ class Repository:
     kind: str  # models or datasets
     name: str
     private: bool
+    gated: str | bool = False  # False, or how requests for access are granted: auto or manual
     commits: list[Commit] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)  # branches and tags to commits
 
@@ -384,7 +385,8 @@ class _Handler(BaseHTTPRequestHandler):
         metadata = _front_matter((self.double.folder / card.sha256).read_bytes()) if card else None
         siblings = [{"rfilename": path} for path in sorted(commit.tree)]
         content = {"_id": "1", "id": name, "modelId": name, "sha": commit.oid, "private": repository.private}
-        content |= {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False}
+        content |= {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0, "disabled": False}
+        content["gated"] = repository.gated
         raise Answer(200, {**content, "lastModified": DATE, "createdAt": DATE, "cardData": metadata or {}})
 
     def tree(self, kind: str, name: str, revision: str, path: str | None = None) -> None:

@@ -40,12 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print one row a variant."""
     from finetune.console import say, stdout
     from finetune.recipe.shipped import find_recipe
-    from finetune.training.bench import bench_training, write_json
+    from finetune.training.bench import bench_training, split_outside, write_json
 
     report = bench_training(
         find_recipe(arguments.recipe),
         arguments.overrides,
-        list(dict.fromkeys(arguments.variants.split(","))),
+        list(dict.fromkeys(split_outside(arguments.variants, ","))),
         steps=arguments.steps,
         rounds=arguments.rounds,
         profile=arguments.profile,

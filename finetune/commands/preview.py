@@ -59,22 +59,25 @@ def build_preview(job: Job, first: int, count: int) -> Preview:
     Raises:
         BadInputError: there is no such row.
     """
+    from finetune.data.ledger import SPLIT, TRUNCATED
     from finetune.report.preview import Preview
-    from finetune.report.tokens import cut_samples
 
     data = job.recipe.data
     views = list(islice(_rows(job, first), count))
     if not views:
         total = sum(1 for _ in _rows(job, None))
         raise BadInputError(f"--row {first}: the run has {total:,} rows; give one of 1 to {total:,}")
-    truncated = data.over_length == "truncate"
-    cut = cut_samples(job.data.train, data.max_seq_len, job.template.stop_token_ids) if truncated else []
+    held = [dataset for dataset in (job.data.train, job.data.validation) if dataset is not None]
+    cut, split = (
+        list(dict.fromkeys(row for dataset in held for row in dataset.rows_of_fate(fate)))
+        for fate in (TRUNCATED, SPLIT)
+    )
     ledger = job.data.ledger
     summary = [
         f"{ledger.train_samples:,} samples, {ledger.train_tokens:,} tokens, {ledger.train_supervised_tokens:,} "
         f"supervised ({data.train_on}); {job.plan.num_steps:,} steps of {job.plan.global_batch_size} samples"
     ]
-    return Preview(job.recipe.name, summary, views, ledger.rejected, cut, data.max_seq_len)
+    return Preview(job.recipe.name, summary, views, ledger.rejected, cut, split, data.max_seq_len)
 
 
 def _rows(job: Job, first: int | None) -> Iterator[RowView]:

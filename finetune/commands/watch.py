@@ -1,4 +1,4 @@
-"""`finetune watch`: follows a run from another terminal until it is finished, or until Ctrl-C."""
+"""`finetune watch`: follows a run from another terminal until it is finished or was stopped, or until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import time
 from pathlib import Path
 
 from finetune.errors import EXIT_OK
+
+# States that a run does not leave by itself, and what is said of them; `{step}` is the last one done.
+_ENDS = {
+    "finished": "the run is finished",
+    "stopped": "the run was stopped at step {step:,}; the command that began it goes on from its newest checkpoint",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,28 +23,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show the run; where the output is no terminal, once."""
+    """Show the run until it has ended, and say how; where the output is no terminal, once."""
     from rich.live import Live
 
     from finetune.console import stdout
-    from finetune.report.run_files import open_run
+    from finetune.report.run_files import RunFiles, open_run
     from finetune.report.watch import frame
 
-    def look() -> tuple[object, bool]:
+    def look() -> tuple[object, RunFiles]:
         # Only sizes of checkpoints are compared: hashes would be read again with every frame.
         found = open_run(arguments.run, hashes=False)
-        return frame(found, width=min(stdout.width, 140), height=stdout.height), found.state == "finished"
+        return frame(found, width=min(stdout.width, 140), height=stdout.height), found
 
-    shown, ended = look()
+    shown, found = look()
     if arguments.once or not stdout.is_terminal:
         stdout.print(shown)
         return EXIT_OK
     try:
         with Live(shown, console=stdout, auto_refresh=False, vertical_overflow="crop") as live:  # type: ignore[arg-type]
-            while not ended:
+            while found.state not in _ENDS:
                 time.sleep(arguments.every)
-                shown, ended = look()
+                shown, found = look()
                 live.update(shown, refresh=True)  # type: ignore[arg-type]
+        stdout.print(_ENDS[found.state].format(step=found.step))
     except KeyboardInterrupt:
         pass  # the reader has seen enough; the run goes on
     return EXIT_OK

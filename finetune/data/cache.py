@@ -28,7 +28,7 @@ from finetune.errors import FinetuneError
 from finetune.files import cache_dir, fsync_path
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
-_ARRAYS = ("offsets", "num_supervised", "row_of_sample", "origins", "hashes")
+_ARRAYS = ("offsets", "num_supervised", "row_of_sample", "origins", "hashes", "fates")
 _STALE_SECONDS = 86_400
 
 
@@ -98,6 +98,11 @@ class Store:
     def hashes(self) -> np.ndarray:
         """uint64 [num_rows]: content of the row's messages."""
         return self._load("hashes")
+
+    @cached_property
+    def fates(self) -> np.ndarray:
+        """uint8 [num_rows]: what became of the row: `ledger.WHOLE`, TRUNCATED or SPLIT."""
+        return self._load("fates")
 
     @property
     def rejected(self) -> list[Rejected]:
@@ -198,6 +203,7 @@ def _write_files(folder: Path, chunks: Iterable[Chunk], dtype: np.dtype[Any]) ->
             parts["row_of_sample"].append(chunk.row_of_sample + np.int32(num_rows))
             parts["origins"].append(chunk.origins)
             parts["hashes"].append(chunk.hashes)
+            parts["fates"].append(chunk.fates)
             parts["full_lengths"].append(chunk.full_lengths)
             counts.update(chunk.counts)
             num_tokens += len(ids)
@@ -223,7 +229,7 @@ def _write_files(folder: Path, chunks: Iterable[Chunk], dtype: np.dtype[Any]) ->
 
 
 def _join(name: str, parts: list[np.ndarray]) -> np.ndarray:
-    dtypes = {"offsets": np.int64, "hashes": np.uint64}
+    dtypes = {"offsets": np.int64, "hashes": np.uint64, "fates": np.uint8}
     empty = np.zeros((0, 2) if name == "origins" else 0, dtypes.get(name, np.int32))
     if name == "offsets":
         empty = np.zeros(1, np.int64)

@@ -77,6 +77,16 @@ class TokenDataset:
             found.append(part.store.hashes[used])
         return np.concatenate(found)
 
+    def rows_of_fate(self, fate: int) -> list[str]:
+        """The rows that samples are of and that `fate` (of `ledger`) befell, each once: `path/to/file.jsonl:12`."""
+        found: dict[str, None] = {}
+        for part in self._parts:
+            used = np.zeros(len(part.store.hashes), dtype=bool)
+            used[part.store.row_of_sample[part.samples]] = True
+            for file, number in part.store.origins[used & (part.store.fates == fate)].tolist():
+                found[f"{part.names[file]}:{number}"] = None
+        return list(found)
+
     def _locate(self, index: int) -> tuple[int, int]:
         """The index of the part, and of the sample in its store."""
         if not -len(self) <= index < len(self):

@@ -14,6 +14,9 @@ from finetune.run_dir import RunDir
 
 _SHOWN_ROWS = 5
 
+# What became of a row that is kept: as it is, cut to the first tokens, or all of it in several pieces.
+WHOLE, TRUNCATED, SPLIT = range(3)
+
 
 @dataclass(frozen=True)
 class RejectedRow:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune.data.formats import FORMATS, Conversation, Message, RowError, Tools, is_trained, parse_conversation
+from finetune.data.ledger import SPLIT, TRUNCATED, WHOLE
 from finetune.data.sources import RawRow
 from finetune.data.template import apply_system, render, token_pattern
 from finetune.errors import DataError
@@ -67,6 +67,8 @@ class Chunk:
     """int32 [num_rows, 2]: file and number of each kept row."""
     hashes: np.ndarray
     """uint64 [num_rows]: the content of each kept row."""
+    fates: np.ndarray
+    """uint8 [num_rows]: what became of each kept row: WHOLE, TRUNCATED or SPLIT."""
     full_lengths: np.ndarray
     """int32: tokens of every sample before it was cut, split or dropped."""
     rejected: list[Rejected]
@@ -312,11 +314,12 @@ class Encoder:
         row_of_sample: list[int] = []
         origins: list[tuple[int, int]] = []
         hashes: list[int] = []
+        fates: list[int] = []
         full_lengths: list[int] = []
         for row in pending:
             lost: list[Rejected] = []
             kept = 0
-            over = [len(sample.ids) > self.max_seq_len for sample in row.samples]
+            is_over = any(len(sample.ids) > self.max_seq_len for sample in row.samples)
             for sample in row.samples:
                 full_lengths.append(len(sample.ids))
                 tokens = np.asarray(sample.ids, dtype=np.int32)
@@ -331,15 +334,15 @@ class Encoder:
                     masks.append(piece_mask)
                     row_of_sample.append(len(hashes))
                     kept += 1
-            counts["rows_over_length"] += any(over) and not row.is_plain
-            counts["rows_split"] += any(over) and row.is_plain and kept > 1
+            counts["rows_over_length"] += is_over and not row.is_plain
             rejected.extend(lost)
             if kept:
                 counts["rows_kept"] += 1
                 counts["turns_dropped"] += len(lost)
-                counts["rows_truncated"] += any(over) and self.over_length == "truncate" and not row.is_plain
                 origins.append((row.raw.file, row.raw.number))
                 hashes.append(row.digest)
+                cut = SPLIT if row.is_plain else TRUNCATED if self.over_length == "truncate" else WHOLE
+                fates.append(cut if is_over else WHOLE)
             else:
                 counts[f"dropped {lost[0].kind}"] += 1
         return Chunk(
@@ -349,6 +352,7 @@ class Encoder:
             row_of_sample=np.array(row_of_sample, np.int32),
             origins=np.array(origins, np.int32).reshape(-1, 2),
             hashes=np.array(hashes, np.uint64),
+            fates=np.array(fates, np.uint8),
             full_lengths=np.array(full_lengths, np.int32),
             rejected=rejected,
             counts=counts,
@@ -393,8 +397,3 @@ def digest_of(row: Conversation) -> int:
     content = row if row.tools else row.messages
     text = json.dumps(content, ensure_ascii=True, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def special_tokens_of(tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens as plain text, as a template sees them."""
-    return {name: value if isinstance(value, (str, list)) else str(value) for name, value in tokens.items()}

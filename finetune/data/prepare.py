@@ -15,16 +15,18 @@ from finetune.data.cache import Store, cache_key, open_store, write_store
 from finetune.data.dataset import TokenDataset
 from finetune.data.formats import Message, RowError, Tools, is_trained, recognize_format
 from finetune.data.ledger import (
+    SPLIT,
+    TRUNCATED,
     Ledger,
     RejectedRow,
     SourceLedger,
     check_no_over_length,
     check_source,
 )
-from finetune.data.masking import MALFORMED, Chunk, Encoder, digest_of, special_tokens_of
+from finetune.data.masking import MALFORMED, Chunk, Encoder, digest_of
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
 from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
-from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, render
+from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, render, special_tokens_of
 from finetune.data.workers import encode_stream
 from finetune.errors import DataError
 
@@ -289,8 +291,8 @@ def _account(
         format=format_name,
         rows_read=counts.get("rows_read", 0),
         rows_kept=counts.get("rows_kept", 0),
-        rows_truncated=counts.get("rows_truncated", 0),
-        rows_split=counts.get("rows_split", 0),
+        rows_truncated=int((store.fates == TRUNCATED).sum()),
+        rows_split=int((store.fates == SPLIT).sum()),
         rows_over_length=counts.get("rows_over_length", 0),
         rows_one_sample_per_turn=counts.get("rows_one_sample_per_turn", 0),
         rows_encoded_in_parts=counts.get("rows_encoded_in_parts", 0),

@@ -297,3 +297,8 @@ def _has_system_role(source: str, special: Mapping[str, Any]) -> bool:
         return _PROBE_SYSTEM in render(source, special, messages, add_generation_prompt=True)
     except DataError:
         return False
+
+
+def special_tokens_of(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens as plain text, as a template sees them."""
+    return {name: value if isinstance(value, (str, list)) else str(value) for name, value in tokens.items()}

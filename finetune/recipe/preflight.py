@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from finetune.findings import Finding, error, fact, warning
 from finetune.recipe.schema import Recipe, SourceSection
@@ -77,7 +78,9 @@ def _check_packages(recipe: Recipe) -> Iterator[Finding]:
 
 def _check_logins(recipe: Recipe) -> Iterator[Finding]:
     if "wandb" in recipe.logging.trackers:
-        if os.environ.get("WANDB_MODE") != "offline" and (os.environ.get("WANDB_API_KEY") or _in_netrc("api.wandb.ai")):
+        if os.environ.get("WANDB_MODE"):
+            yield fact("logins", f"wandb: WANDB_MODE is {wandb_mode()}")
+        elif wandb_mode() == "online":
             yield fact("logins", "wandb: a key is there")
         else:
             yield fact("logins", "wandb: no key, so it logs offline; `wandb sync` sends it later")
@@ -92,11 +95,23 @@ def _check_logins(recipe: Recipe) -> Iterator[Finding]:
         yield fact("logins", "HF_HUB_OFFLINE is set: only what is in the local cache can be read")
 
 
-def _in_netrc(host: str) -> bool:
+def wandb_mode() -> str:
+    """WANDB_MODE, else `online` where wandb would find a key, else `offline`.
+
+    A key is in the environment, or where `wandb login` leaves it: in $NETRC or ~/.netrc, under the server's host and
+    port (wandb/sdk/lib/wbauth/wbnetrc.py).
+    """
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     try:
-        return netrc.netrc().authenticators(host) is not None
+        found = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(server)
     except (OSError, netrc.NetrcParseError):
-        return False
+        found = None
+    return "offline" if found is None else "online"
 
 
 def _check_validation(recipe: Recipe) -> Iterator[Finding]:

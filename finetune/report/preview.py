@@ -15,6 +15,7 @@ from finetune.report.page import page, table
 from finetune.report.tokens import RowView, Segment, Token
 
 SHOWN_REJECTED = 10
+_NONE = "No row is dropped, cut or split."
 _NEWLINE = "↵"
 # Even and odd tokens differ a little, so that their borders show; white on colours reads on any terminal.
 _STYLES = {
@@ -45,7 +46,9 @@ class Preview:
     rows: list[RowView]
     rejected: list[RejectedRow]
     cut: list[str]
-    """Rows of which only the beginning is trained."""
+    """Rows of which only the beginning is trained or validated on."""
+    split: list[str]
+    """Rows of plain text that are several samples."""
     max_seq_len: int
 
 
@@ -74,9 +77,9 @@ def print_preview(preview: Preview, console: Console) -> None:
 
 
 def untrained_lines(preview: Preview) -> Iterator[str]:
-    """Dropped and cut rows with their reasons."""
-    if not preview.rejected and not preview.cut:
-        yield "No row is dropped or cut."
+    """Dropped, cut and split rows with their reasons."""
+    if not (preview.rejected or preview.cut or preview.split):
+        yield _NONE
         return
     kinds = Counter(row.kind for row in preview.rejected)
     if kinds:
@@ -85,12 +88,16 @@ def untrained_lines(preview: Preview) -> Iterator[str]:
         yield f"  {row.origin}: {row.kind}: {row.reason}"
     if len(preview.rejected) > SHOWN_REJECTED:
         yield f"  and {len(preview.rejected) - SHOWN_REJECTED:,} more; a run writes all of them to rejected.jsonl"
-    if preview.cut:
-        yield f"cut to the first {preview.max_seq_len:,} tokens: {len(preview.cut):,}"
-        for origin in preview.cut[:SHOWN_REJECTED]:
-            yield f"  {origin}"
-        if len(preview.cut) > SHOWN_REJECTED:
-            yield f"  and {len(preview.cut) - SHOWN_REJECTED:,} more"
+    what = {
+        f"cut to the first {preview.max_seq_len:,} tokens": preview.cut,
+        f"split into pieces of at most {preview.max_seq_len:,} tokens": preview.split,
+    }
+    for text, origins in what.items():
+        if origins:
+            yield f"{text}: {len(origins):,}"
+        yield from (f"  {origin}" for origin in origins[:SHOWN_REJECTED])
+        if len(origins) > SHOWN_REJECTED:
+            yield f"  and {len(origins) - SHOWN_REJECTED:,} more"
 
 
 def _key(plain: bool) -> Text:
@@ -240,9 +247,11 @@ def _untrained_html(preview: Preview) -> str:
     rows = [[_key_html(row.origin), escape(row.kind), escape(row.reason)] for row in preview.rejected[:100]]
     cut = f"only the first {preview.max_seq_len:,} tokens are trained"
     rows += [[_key_html(origin), "cut", cut] for origin in preview.cut[:100]]
+    split = f"all of it is used, in pieces of at most {preview.max_seq_len:,} tokens"
+    rows += [[_key_html(origin), "split", split] for origin in preview.split[:100]]
     if not rows:
-        return '<p class="empty">No row is dropped or cut.</p>'
-    left = len(preview.rejected) + len(preview.cut) - len(rows)
+        return f'<p class="empty">{_NONE}</p>'
+    left = len(preview.rejected) + len(preview.cut) + len(preview.split) - len(rows)
     more = f'<p class="note">{left:,} more are not shown.</p>' if left else ""
     return table(["row", "kind", "reason"], rows, text_columns=(0, 1, 2)) + more
 

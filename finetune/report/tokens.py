@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
@@ -173,13 +173,6 @@ def padded_rows(dataset: TokenDataset, samples: Sequence[int], texts: TokenTexts
         padding = _padding(width - len(tokens), pad_id, texts, start=len(tokens))
         rows.append([Segment("sample", tokens, dataset.origin(sample), 1), *padding])
     return rows
-
-
-def cut_samples(dataset: TokenDataset, max_seq_len: int, stop_token_ids: Iterable[int]) -> list[str]:
-    """The rows whose samples are as long as is allowed and end in the middle of something."""
-    full = np.flatnonzero(dataset.lengths == max_seq_len).tolist()
-    stops = set(stop_token_ids)
-    return [dataset.origin(sample) for sample in full if not stops & set(dataset[sample][0][-2:].tolist())]
 
 
 def _tokens(input_ids: np.ndarray, supervised: np.ndarray, texts: TokenTexts) -> list[Token]:

@@ -95,6 +95,18 @@ class VariantResult:
         }
 
 
+def split_outside(text: str, separator: str) -> list[str]:
+    """`text` cut at every `separator` that stands in no brackets or braces: a list is one value."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def variant_overrides(name: str) -> tuple[list[str], bool]:
     """The overrides of a variant, and whether it runs the fused layers.
 
@@ -102,11 +114,12 @@ def variant_overrides(name: str) -> tuple[list[str], bool]:
         BadInputError: for a name that means nothing.
     """
     overrides: list[str] = []
-    for part in name.split("+"):
+    parts = split_outside(name, "+")
+    for part in parts:
         if part not in VARIANTS and "=" not in part:
             raise BadInputError(f"--variants: {part} is none of {', '.join(VARIANTS)}, and no key.sub=value")
         overrides.extend(VARIANTS.get(part, (part,)))
-    return overrides, UNFUSED not in name.split("+")
+    return overrides, UNFUSED not in parts
 
 
 def bench_training(
@@ -163,7 +176,7 @@ def _task(recipe: Path, overrides: Sequence[str], name: str, steps: int) -> dict
     ]
     load_recipe(recipe, every)
     task = {"recipe": str(recipe), "overrides": every, "fused": fused, "steps": steps, "warmup": WARMUP_STEPS}
-    return {**task, "environment": {KERNEL_SWITCH: "0"} if TORCH_KERNELS in name.split("+") else {}}
+    return {**task, "environment": {KERNEL_SWITCH: "0"} if TORCH_KERNELS in split_outside(name, "+") else {}}
 
 
 def _work(task: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,22 @@ from finetune.training.train import choose_packing
 # Below this share of supervised tokens, nearly all work is spent on prompts.
 LOW_COVERAGE = 0.02
 
+# A run's speed says nothing of another that differs in one of these.
+SPEED_KEYS = (
+    ("model", "name"),
+    ("model", "quantization"),
+    ("adapter", "rank"),
+    ("adapter", "target_modules"),
+    ("adapter", "use_dora"),
+    ("data", "max_seq_len"),
+    ("data", "packing"),
+    ("training", "precision"),
+    ("training", "micro_batch_size"),
+    ("training", "gradient_checkpointing"),
+    ("distributed", "devices"),
+    ("distributed", "num_nodes"),
+)
+
 
 class Checkup:
     """A recipe and what follows from it, each worked out when a check first asks for it.
@@ -308,7 +324,7 @@ def _check_time(checkup: Checkup) -> Iterator[Finding]:
     """From earlier runs of the same model on a machine like this one."""
     speed = known_speed(checkup.recipe)
     if speed is None:
-        yield fact("time", "unknown: no earlier run of this model on this machine in output_dir")
+        yield fact("time", "unknown: no earlier run in output_dir with this model, machine and settings")
         return
     plan = checkup.plan
     tokens = float(checkup.data.train.lengths.sum()) * plan.total_samples / plan.num_samples
@@ -317,15 +333,15 @@ def _check_time(checkup: Checkup) -> Iterator[Finding]:
 
 
 def known_speed(recipe: Recipe) -> float | None:
-    """Tokens per second of the newest run in `output_dir` with the same model, quantization and machine."""
+    """Tokens per second of the newest run in `output_dir` that agrees in SPEED_KEYS, on a machine like this one."""
     import yaml
 
-    machine = describe_machine()
+    machine, wanted = describe_machine(), recipe.model_dump(mode="json")
     for results in sorted(Path(recipe.output_dir).glob("*/results.json"), key=lambda p: -p.stat().st_mtime):
         try:
             training = json.loads(results.read_text())["training"]
-            model = yaml.safe_load(results.with_name("recipe.yaml").read_text())["model"]
-            same = (model["name"], model["quantization"]) == (recipe.model.name, recipe.model.quantization)
+            found = yaml.safe_load(results.with_name("recipe.yaml").read_text())
+            same = all(found[section][key] == wanted[section][key] for section, key in SPEED_KEYS)
             if same and training["machine"] == machine:
                 return float(training["tokens_per_second"])
         except (OSError, ValueError, KeyError, TypeError):

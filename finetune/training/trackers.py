@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import netrc
-import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlparse
 
 from finetune.console import warn
 from finetune.errors import BadInputError
 from finetune.files import write_atomic
 from finetune.recipe.load import dump_recipe
+from finetune.recipe.preflight import wandb_mode
 from finetune.recipe.schema import LoggingSection, Recipe
 from finetune.run_dir import RunDir
 
@@ -52,7 +50,7 @@ class _Wandb:
             resume="allow",
             tags=list(recipe.logging.tags),
             dir=str(run.logs),
-            mode=os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"),  # type: ignore[arg-type]
+            mode=wandb_mode(),  # type: ignore[arg-type]
             config=recipe.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -76,17 +74,6 @@ class _Wandb:
 
     def finish(self) -> None:
         self._run.finish()
-
-
-def _has_wandb_key() -> bool:
-    """Whether wandb would find a key: in the environment, or where `wandb login` leaves it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class _TensorBoard:

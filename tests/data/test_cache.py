@@ -95,6 +95,7 @@ def test_large_vocabularies_take_four_bytes(folder: Path) -> None:
         "row_of_sample": np.zeros(1, np.int32),
         "origins": np.zeros((1, 2), np.int32),
         "hashes": np.ones(1, np.uint64),
+        "fates": np.zeros(1, np.uint8),
         "full_lengths": np.array([2], np.int32),
         "rejected": [],
         "counts": {},

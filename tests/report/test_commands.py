@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,36 @@ def test_watch_once_prints_a_frame(tmp_path: Path, capsys: pytest.CaptureFixture
     assert any(0x2800 < ord(char) <= 0x28FF for char in out)
     # Where the output is no terminal there is nothing to follow.
     assert main(["watch", str(run_dir.root)]) == 0
+
+
+@pytest.mark.parametrize("end", ["finished", "stopped"])
+def test_watch_follows_a_run_until_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    run_dir = write_run(tmp_path, until=57)
+    whole = write_run(tmp_path, "whole")
+    lock = ExitStack()
+    lock.enter_context(sole_owner(run_dir.lock))
+    _, *rows = whole.metrics.read_text().splitlines(keepends=True)
+
+    def train_on() -> None:
+        with run_dir.metrics.open("a") as file:
+            file.writelines(rows[57:58] if end == "stopped" else rows[57:])
+
+    def finish() -> None:
+        shutil.copytree(whole.adapter, run_dir.adapter)
+        shutil.copy(whole.results, run_dir.results)
+
+    # What happens while the command sleeps; a third sleep would fail.
+    happens = iter([train_on, finish if end == "finished" else lock.close])
+    monkeypatch.setattr("time.sleep", lambda seconds: next(happens)())
+    terminal = Console(width=100, height=40, force_terminal=True, file=io.StringIO(), soft_wrap=True)
+    monkeypatch.setattr("finetune.console.stdout", terminal)
+    with lock:
+        assert main(["watch", str(run_dir.root)]) == 0
+    frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())  # type: ignore[attr-defined]
+    seen = ["57 of 100", *(["58 of 100"] if end == "stopped" else ["100 of 100", "finished"])]
+    assert all(text in frames for text in seen), frames
+    said = {"finished": "the run is finished", "stopped": "the run was stopped at step 58; the command that began it"}
+    assert said[end] in frames
 
 
 def test_watch_of_a_run_before_its_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,13 +102,36 @@ def test_dropped_and_cut_rows_are_named_with_their_reason(tmp_path: Path, model:
     assert "rows.jsonl:2" in html and "only the first 128 tokens are trained" in html
 
 
+def test_a_text_in_pieces_is_split_and_not_cut(tmp_path: Path, model: Path) -> None:
+    rows = [{"text": "river " * 400}, {"text": "the red fox"}]
+    preview = build_preview(make_job(tmp_path, model, rows, over_length="truncate"), 1, 1)
+    assert preview.cut == [] and [Path(origin).name for origin in preview.split] == ["rows.jsonl:1"]
+    assert "split into pieces of at most 128 tokens: 1\n" in plain_text(preview)
+    assert "in pieces of at most 128 tokens" in preview_html(preview)
+
+
+def test_a_row_cut_behind_an_end_of_turn_is_cut_and_named_once(tmp_path: Path, model: Path) -> None:
+    rows = chat_rows(6)
+    length = int(make_job(tmp_path, model, rows[:1], packing="none").data.train.lengths[0])
+    rows[0]["messages"] += [{"role": "user", "content": "river"}, {"role": "assistant", "content": "boats " * 99}]
+    source = {"path": str(tmp_path / "rows.jsonl"), "weight": 2.0}
+    keys = {"over_length": "truncate", "max_over_length_share": 1.0, "max_seq_len": length}
+    job = make_job(tmp_path, model, rows, **keys, sources=[source])
+    assert job.data.train[0][0][-1] in job.template.stop_token_ids
+    preview = build_preview(job, 1, 1)
+    assert sum(origin.endswith("rows.jsonl:1") for origin in preview.cut) == 1 and not preview.split
+    assert len(preview.cut) == job.data.ledger.sources[0].rows_truncated
+
+
 def test_the_page_names_every_token(tmp_path: Path, model: Path) -> None:
     job = make_job(tmp_path, model, chat_rows(12), packing="shared_prefix")
     preview = build_preview(job, 1, 2)
     html = preview_html(preview)
     shown = sum(len(s.tokens) for row in preview.rows for s in row.segments if s.kind != "padding")
     assert len(re.findall(r'<span[^>]* title="id \d+, position \d+', html)) == shown
-    assert "&lt;|im_start|&gt;" in html and 'class="segment shared"' in html and "No row is dropped or cut" in html
+    assert (
+        "&lt;|im_start|&gt;" in html and 'class="segment shared"' in html and "No row is dropped, cut or split" in html
+    )
 
 
 def test_the_command_end_to_end(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

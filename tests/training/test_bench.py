@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from finetune.models.heads import decoder_of
 from finetune.models.skeleton import adapt_skeleton, build_skeleton
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import LoraSection, ModelSection
-from finetune.training.bench import VariantResult, _try, bench_training, variant_overrides
+from finetune.training.bench import PHASES, VariantResult, _try, bench_training, split_outside, variant_overrides
 from finetune.training.bench_worker import measure
 from finetune.training.module import FinetuneModule
 from finetune.training.strategy import build_trainer
@@ -77,6 +78,19 @@ def test_a_trace_is_written(model_dir: ModelDir, rows: Path, tmp_path: Path) -> 
     assert "aten::mm" in names
 
 
+def test_a_profile_is_asked_of_every_variant(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(tmp_path, tmp_path, rows))
+    counted = {"real_tokens": 9, "computed_tokens": 9, "samples": 1, "steps": 1, "seconds": 1.0, "losses": [1.0]}
+    measured = {"flops": 1e9, "peak_flops_per_second": 1e9, "peak_memory_bytes": 1, "peak_dtype": "float32"}
+    about = {"machine": {}, "threads": 1, "versions": {}, "phases": dict.fromkeys(PHASES, 0.1)}
+    tasks: list[dict[str, Any]] = []
+    monkeypatch.setattr("finetune.training.bench._work", lambda task: tasks.append(task) or counted | measured | about)
+    arguments = ["--rounds", "1", "--variants", "recipe,data.packing=none", "--profile", str(tmp_path / "traces")]
+    assert main(["bench", "train", str(recipe), *arguments]) == 0
+    traced = [Path(task["trace"]).name for task in tasks if "trace" in task]
+    assert traced == ["recipe.json", "data.packing=none.json"] and (tmp_path / "traces").is_dir()
+
+
 def test_a_variant_that_does_not_fit_is_refused_before_anything_runs(
     model_dir: ModelDir, rows: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +103,14 @@ def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(BadInputError, match="packed is none of recipe, none"):
         variant_overrides("nf4+packed")
     assert variant_overrides("nf4+unfused") == (["model.quantization=nf4"], False)
+
+
+def test_a_value_in_brackets_is_one_variant() -> None:
+    text = "isolated,adapter.target_modules=[q_proj,v_proj]+nf4,data.template_variables={a: 1, b: [c, d]}"
+    listed = ["isolated", "adapter.target_modules=[q_proj,v_proj]+nf4", "data.template_variables={a: 1, b: [c, d]}"]
+    assert split_outside(text, ",") == listed
+    assert variant_overrides(listed[1])[0] == ["adapter.target_modules=[q_proj,v_proj]", "model.quantization=nf4"]
+    assert variant_overrides("adapter.trainable_tokens=[a+b]") == (["adapter.trainable_tokens=[a+b]"], True)
 
 
 def test_a_failed_process_shows_its_last_lines_and_leaves_the_last_for_the_table(

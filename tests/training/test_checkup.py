@@ -1,4 +1,4 @@
-"""What `finetune check` says of devices that are not here, and of a base without its weights."""
+"""What `finetune check` finds in a recipe, a base without its weights, the data, and devices that may not be here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,99 @@ from finetune.cli import main
 from finetune.errors import ModelError
 from finetune.export.gguf_model import write_model
 from finetune.findings import Finding, run_checks
+from finetune.machine import describe_machine
 from finetune.models import sources
-from finetune.recipe.load import load_recipe
+from finetune.recipe import preflight
+from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import ModelSection, Recipe
 from finetune.training.checkup import CHECKS, Checkup
-from tests.tiny import tiny_recipe, write_recipe
+from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_recipe
 
 ModelDir = Callable[[str], Path]
+
+# A space before the answer belongs to the answer's first token, and stands alone where a prompt ends with it.
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+LONG = {"over_length": "truncate", "max_over_length_share": 1.0}
+# Topic, sections of the recipe, what the rows become -> level and a part of what is found.
+FOUND: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, str]], dict[str, str]], str, str]] = {
+    "no validation": ("validation", {}, dict, "warning", "no rows are held out"),
+    "code of others": ("validation", {"model": {"trust_remote_code": True}}, dict, "warning", "runs Python code"),
+    "no login": ("logins", {"hub": {"push": True, "repo_id": "a/b"}}, dict, "error", "but there is no login"),
+    "offline": ("logins", {}, dict, "fact", "only what is in the local cache can be read"),
+    "short context": ("model", {"data": {"max_seq_len": 4096}}, dict, "warning", "but the model was made for 2048"),
+    "low coverage": (
+        "data",
+        {"data": {"max_seq_len": 2048}},
+        lambda row: {"instruction": "river " * 600 + row["instruction"], "output": "red"},
+        "warning",
+        "of its tokens are supervised; see data.train_on",
+    ),
+    "duplicates": (
+        "data",
+        {},
+        lambda row: {"instruction": "a", "output": "b"},
+        "warning",
+        "23 rows repeat another one",
+    ),
+    "no end of turn": (
+        "template",
+        {"data": LONG},
+        lambda row: {**row, "output": "river " * 300},
+        "warning",
+        "rows.jsonl:1: no end of turn is supervised",
+    ),
+    "not as served": (
+        "template",
+        {"data": {"template": "spaced.jinja", "train_on": "everything"}},
+        dict,
+        "warning",
+        "rows.jsonl:1: the prompt in training is not the one that would be served",
+    ),
+    "late checkpoint": ("steps", {"checkpoint": {"every_steps": 9}}, dict, "warning", "nothing is saved before"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_will_go_wrong_is_found(
+    name: str, model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic, sections, change, level, text = FOUND[name]
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    (tmp_path / "spaced.jinja").write_text(SPACED)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [change(row) for row in alpaca_rows(24)])
+    values = tiny_recipe(tmp_path, model_dir("llama"), rows, **sections)
+    made = load_recipe(write_recipe(tmp_path / "tiny.yaml", values))
+    subject: Any = Checkup(made) if topic in CHECKS else made
+    found = list(run_checks({topic: {**preflight.CHECKS, **CHECKS}[topic]}, subject))
+    assert any(one.level == level and text in one.text for one in found), found
+
+
+@pytest.mark.parametrize(
+    ("changed", "known"),
+    [
+        ([], True),
+        (["name=other", "training.max_steps=9", "training.optimizer.lr=1.0"], True),
+        (["adapter.rank=8"], False),
+        (["training.precision=bf16-mixed"], False),
+        (["data.max_seq_len=64"], False),
+        (["data.packing=none"], False),
+        (["model.quantization=nf4"], False),
+    ],
+)
+def test_only_a_run_that_agrees_tells_the_speed(
+    changed: list[str], known: bool, model_dir: ModelDir, rows: Path, tmp_path: Path
+) -> None:
+    made = recipe(model_dir("llama"), rows, tmp_path)
+    earlier = tmp_path / "runs" / "earlier"
+    earlier.mkdir(parents=True)
+    (earlier / "recipe.yaml").write_text(dump_recipe(load_recipe(tmp_path / "tiny.yaml", changed)))
+    training = {"tokens_per_second": 123.0, "machine": describe_machine()}
+    (earlier / "results.json").write_text(json.dumps({"training": training}))
+    (found,) = run_checks({"time": CHECKS["time"]}, Checkup(made))
+    assert ("123 tokens/s of an earlier run" in found.text) == known and ("unknown" in found.text) != known
 
 
 def recipe(model: Path, rows: Path, folder: Path, **training: Any) -> Recipe:

@@ -6,20 +6,25 @@ import importlib.util
 import json
 import os
 import socket
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from finetune.cli import main
+from finetune.findings import run_checks
 from finetune.machine import refuse_telemetry
+from finetune.recipe.load import load_recipe
+from finetune.recipe.preflight import CHECKS
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
 from finetune.training import trackers
 from finetune.training.metrics import read_metrics
-from tests.tiny import tiny_recipe
+from tests.tiny import tiny_recipe, write_recipe
 from tests.training.conftest import RunTiny
 from tests.training.test_checkpoint import interrupt_after
 
@@ -148,6 +153,46 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(run_tiny: RunTiny, wand
     assert configs and all(config["rank"] == 4 for config in configs)
     assert ("model", "tiny-adapter") in artifacts
     assert tables == [(2, 3)] * 3, "of steps 2 and 4, and of 4 again"
+
+
+ACME = "https://wandb.acme.com"
+
+
+@pytest.mark.parametrize(
+    ("environment", "machine", "mode", "said"),
+    [
+        ({}, None, "offline", "no key, so it logs offline"),
+        ({"WANDB_API_KEY": "k"}, None, "online", "a key is there"),
+        ({}, "api.wandb.ai", "online", "a key is there"),
+        ({"WANDB_BASE_URL": ACME}, "wandb.acme.com", "online", "a key is there"),
+        ({"WANDB_BASE_URL": "http://localhost:8080"}, "localhost:8080", "online", "a key is there"),
+        ({"WANDB_BASE_URL": ACME}, "api.wandb.ai", "offline", "no key, so it logs offline"),
+        ({"WANDB_MODE": "offline"}, "api.wandb.ai", "offline", "WANDB_MODE is offline"),
+    ],
+)
+def test_check_says_what_wandb_will_do(
+    environment: dict[str, str],
+    machine: str | None,
+    mode: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    keys = tmp_path / "netrc"
+    keys.write_text("" if machine is None else f"machine {machine} login user password {'k' * 40}\n")
+    for name, value in {"NETRC": str(keys), **environment}.items():
+        monkeypatch.setenv(name, value)
+    values = tiny_recipe(tmp_path, tmp_path, tmp_path, logging={"trackers": ["wandb"]})
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", values))
+    found, *_ = run_checks({"logins": CHECKS["logins"]}, recipe)
+    assert found.level == "fact" and said in found.text
+    started: list[dict[str, Any]] = []
+    double = SimpleNamespace(init=lambda **keys: started.append(keys), Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", double)
+    trackers.TRACKERS["wandb"](recipe, RunDir(tmp_path / "run"), "id", 0)
+    assert started[0]["mode"] == mode
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(run_tiny: RunTiny) -> None:
