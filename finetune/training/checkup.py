@@ -22,7 +22,14 @@ from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_p
 from finetune.models.sources import ModelSource, find_model
 from finetune.models.weights import optimizer_bytes
 from finetune.recipe.schema import Recipe
-from finetune.training.fitting import Devices, cheapest_fit, estimate, memory_of, settle_strategy
+from finetune.training.fitting import (
+    Devices,
+    cheapest_fit,
+    estimate,
+    memory_of,
+    settle_checkpointing,
+    settle_strategy,
+)
 from finetune.training.habits import habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
@@ -116,6 +123,13 @@ class Checkup:
             memory = memory_of(placement)
         placement, why = settle_strategy(self.recipe, self.planner, placement, memory)
         return placement, Devices(placement.accelerator, memory, placement.world_size), why
+
+    @cached_property
+    def settled(self) -> tuple[Recipe, str]:
+        """The recipe with gradient_checkpointing auto settled as a run does it, and why."""
+        placement, devices, _ = self.resolved
+        step = largest_pass(self.config, self.recipe, self.attention)
+        return settle_checkpointing(self.recipe, self.planner, step, placement, devices.memory_bytes)
 
     @cached_property
     def passes(self) -> Passes:
@@ -255,9 +269,10 @@ def _check_devices(checkup: Checkup) -> Iterator[Finding]:
 
 def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     placement, devices, why = checkup.resolved
+    recipe, chosen = checkup.settled
     step = checkup.step
     try:
-        found = estimate(checkup.planner, checkup.recipe, step, placement.strategy, devices)
+        found = estimate(checkup.planner, recipe, step, placement.strategy, devices)
     except NoEstimateError as problem:
         yield warning("memory", str(problem))
         return
@@ -273,7 +288,7 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
         "fits": found.total <= devices.usable_bytes,
     }
     if found.total > devices.usable_bytes:
-        fit = cheapest_fit(checkup.planner, checkup.recipe, step, placement.strategy, devices)
+        fit = cheapest_fit(checkup.planner, recipe, step, placement.strategy, devices)
         advice = "no change of the recipe makes it fit; take a smaller model or more devices"
         if fit is not None:
             values |= {"cheapest_change": list(fit.overrides), "total_bytes_then": fit.total}
@@ -285,9 +300,11 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.parts.items() if size)
     yield fact("memory", f"of that {parts}")
     vocabulary = checkup.config.get_text_config().vocab_size
-    other = checkup.recipe.training.gradient_checkpointing
-    training = checkup.recipe.training.model_copy(update={"gradient_checkpointing": not other})
-    changed = checkup.recipe.model_copy(update={"training": training})
+    if chosen:
+        yield fact("memory", f"training.gradient_checkpointing: auto is {chosen}")
+    other = recipe.training.gradient_checkpointing
+    training = recipe.training.model_copy(update={"gradient_checkpointing": not other})
+    changed = recipe.model_copy(update={"training": training})
     kept = checkup.planner.estimate(changed, found.spread, step).parts["activations"]
     yield fact(
         "memory",
@@ -346,7 +363,7 @@ def known_speed(recipe: Recipe) -> float | None:
 
 
 def _check_habits(checkup: Checkup) -> Iterator[Finding]:
-    for habit in habits_of(checkup.recipe, checkup.resolved[0], packed=checkup.packing.packed):
+    for habit in habits_of(checkup.settled[0], checkup.resolved[0], packed=checkup.packing.packed):
         mark = "yes" if habit.active else "no"
         yield fact("habits", f"{habit.name}: {mark}; {habit.why}", name=habit.name, active=habit.active)
 

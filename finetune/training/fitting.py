@@ -13,12 +13,13 @@ from finetune.console import say
 from finetune.errors import FinetuneError
 from finetune.kernels.layout import Group
 from finetune.models.footprint import ForwardPass
-from finetune.models.memory import MemoryEstimate, Planner, Spread, format_bytes
+from finetune.models.memory import MemoryEstimate, Planner, Spread, format_bytes, largest_pass
 from finetune.recipe.schema import DistributedSection, Recipe
 from finetune.training.strategy import Placement, resolve_placement
 
 # Of a device's memory: the rest is for what the estimate does not know.
 USABLE_SHARE = 0.95
+CHECKPOINTING = "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,44 @@ def choose_strategy(recipe: Recipe, planner: Planner, placement: Placement, memo
     if need <= devices.usable_bytes:
         return "ddp", f"the whole model fits ({there})"
     return "fsdp", f"the whole model does not fit ({there})"
+
+
+def with_checkpointing(recipe: Recipe, config: Any, attention: str, placement: Placement) -> Recipe:
+    """`recipe` with gradient_checkpointing auto settled for its largest forward pass on the devices that are there.
+
+    Says what was chosen, and why, in one line.
+    """
+    if recipe.training.gradient_checkpointing != "auto":
+        return recipe
+    step = largest_pass(config, recipe, attention)
+    recipe, why = settle_checkpointing(recipe, Planner(config), step, placement, memory_of(placement))
+    chosen = recipe.training.gradient_checkpointing
+    say(f"training.gradient_checkpointing: auto is {str(chosen).lower()}: {why}")
+    return recipe
+
+
+def settle_checkpointing(
+    recipe: Recipe, planner: Planner, step: ForwardPass, placement: Placement, memory_bytes: int
+) -> tuple[Recipe, str]:
+    """`recipe` with gradient_checkpointing auto settled: as few layers as fit, and why; "" where the recipe says which.
+
+    All layers where even they do not fit, or the model has no estimate.
+    """
+    if recipe.training.gradient_checkpointing != "auto":
+        return recipe, ""
+    devices = Devices(placement.accelerator, memory_bytes, placement.world_size)
+    none, every = (_training(_State(recipe, step, placement.strategy), CHECKPOINTING, on)[1] for on in (False, True))
+    there = f"{format_bytes(memory_bytes)} a device"
+    try:
+        for state in (none, *(changed for _, changed in _checkpointing(planner, none, devices))):
+            total = _total(planner, state, devices)
+            if total <= devices.usable_bytes:
+                layers = state.recipe.training.gradient_checkpointing
+                which = "none" if layers is False else "all" if layers is True else layers
+                return state.recipe, f"{which} of {planner.num_layers} layers ({format_bytes(total)} of {there})"
+    except FinetuneError as error:
+        return every.recipe, f"no estimate of its memory: {error}"
+    return every.recipe, f"with all layers it takes about {format_bytes(total)} of {there}"
 
 
 @dataclass(frozen=True)
@@ -174,11 +213,11 @@ def _half(step: ForwardPass) -> ForwardPass:
 def _checkpointing(planner: Planner, state: _State, _: Devices) -> Changes:
     """The first layer, the first two, and so on to all."""
     wanted = state.recipe.training.gradient_checkpointing
-    if wanted is True:
+    if wanted is True or wanted == "auto":
         return
     for count in range(int(wanted) + 1, planner.num_layers):
-        yield _training(state, "gradient_checkpointing", count)
-    yield _training(state, "gradient_checkpointing", True)
+        yield _training(state, CHECKPOINTING, count)
+    yield _training(state, CHECKPOINTING, True)
 
 
 def _activation_offload(_planner: Planner, state: _State, devices: Devices) -> Changes:

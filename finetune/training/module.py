@@ -125,6 +125,7 @@ class FinetuneModule(L.LightningModule):
         fit_vocabulary(base, self.tokenizer, seed=training.seed)
         with inference_mode(base):  # dropout would draw other masks for each of the two passes
             check_head(base, self.source.name)
+        assert training.gradient_checkpointing != "auto", "prepare_job settles it"
         checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
         fused = fuse(model, compiled=training.compile)

@@ -10,7 +10,7 @@ import yaml
 
 from finetune.console import say, warn
 from finetune.errors import BadInputError
-from finetune.recipe.keys import flatten
+from finetune.recipe.keys import Place, flatten, root
 from finetune.run_dir import RunDir
 from finetune.training.checkpoint import (
     FINGERPRINTS,
@@ -93,13 +93,18 @@ def changed_keys(old: str, new: str) -> list[str]:
     """`key: old value -> new value` of two resolved recipes; keys that only one of them knows are left out."""
     before, after = (flatten(yaml.safe_load(text), split_lists=True) for text in (old, new))
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if key in after and before[key] != after[key]] + [
-        f"{key}: {'added' if key in after else 'removed'}" for key in before.keys() ^ after.keys() if _is_listed(key)
+        f"{key}: {'added' if key in after else 'removed'}" for key in before.keys() ^ after.keys() if _is_item(key)
     ]
 
 
-def _is_listed(key: str) -> bool:
-    """Whether a key that only one recipe has is a list's item rather than a key of another version."""
-    return any(part.isdigit() for part in key.split("."))
+def _is_item(key: str) -> bool:
+    """Whether a key that only one recipe has is of a list or of a mapping of names, not a key of another version."""
+    place: Place | None = root()
+    for part in key.split("."):
+        if part.isdigit() or (place is not None and place.takes_any_key):
+            return True
+        place = place.below(part) if place is not None else None
+    return False
 
 
 def _is_harmless(key: str) -> bool:

@@ -29,6 +29,7 @@ SERIOUS: dict[str, dict[str, Any]] = {
     "training.optimizer.lr: 0.01 -> 0.02": {"training": {"optimizer": {"lr": 0.02}}},
     "training.global_batch_size: 8 -> 4": {"training": {"global_batch_size": 4}},
     "adapter.rank: 4 -> 2": {"adapter": {"rank": 2}},
+    "adapter.alpha_pattern.q_proj: added": {"adapter": {"alpha_pattern": {"q_proj": 800}}},
     "data.train_on: all_assistant -> everything": {"data": {"train_on": "everything"}},
 }
 HARMLESS: dict[str, dict[str, Any]] = {
