@@ -21,6 +21,7 @@ from finetune.training.checkpoint import (
     open_checkpoint,
 )
 
+_VALIDATION = "the validation data"
 # Keys (or sections) that change speed, cadence or place, never what is learned.
 HARMLESS = (
     "name",
@@ -59,10 +60,13 @@ def find_checkpoint(
     """
     checkpoint = newest_checkpoint(run.checkpoints) if chosen is None else open_checkpoint(chosen)
     if checkpoint is None:
+        if list_checkpoints(run.checkpoints):
+            warn(f"{run.checkpoints} holds no whole checkpoint, so training starts anew")
         return None
     changes = changed_keys((checkpoint.path / RECIPE).read_text(), recipe_text)
     changes += _changed_fingerprints(json.loads((checkpoint.path / FINGERPRINTS).read_text()), fingerprints)
-    serious = [change for change in changes if not _is_harmless(change.split(":")[0])]
+    by_validation = _chooses_by_validation(yaml.safe_load(recipe_text))
+    serious = [change for change in changes if not _is_harmless(change.split(":")[0], by_validation)]
     if serious and not accept_changes:
         raise BadInputError(
             f"{checkpoint.path} was made with other settings, which change the result:\n  "
@@ -74,10 +78,13 @@ def find_checkpoint(
     return checkpoint
 
 
-def put_later_aside(run: RunDir, checkpoint: Checkpoint) -> None:
-    """Move checkpoints behind `checkpoint` to `checkpoints-aside/`: the run goes another way from here."""
+def put_later_aside(run: RunDir, step: int) -> None:
+    """Move checkpoints behind `step` to `checkpoints-aside/`: the run goes another way from there, or they are damaged.
+
+    Among those that are kept, a damaged one would take a whole one's place.
+    """
     for path in list_checkpoints(run.checkpoints):
-        if int(path.name.removeprefix("step-")) > checkpoint.step:
+        if int(path.name.removeprefix("step-")) > step:
             aside = run.root / "checkpoints-aside"
             aside.mkdir(exist_ok=True)
             target = aside / path.name
@@ -107,7 +114,13 @@ def _is_item(key: str) -> bool:
     return False
 
 
-def _is_harmless(key: str) -> bool:
+def _chooses_by_validation(recipe: dict[str, Any]) -> bool:
+    return recipe["evaluation"]["early_stopping"] is not None or recipe["checkpoint"]["final"] == "best"
+
+
+def _is_harmless(key: str, by_validation: bool) -> bool:
+    if key == _VALIDATION:
+        return not by_validation
     return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
 
 
@@ -117,4 +130,6 @@ def _changed_fingerprints(old: dict[str, Any], new: dict[str, Any]) -> list[str]
         changes.append(f"the base model {new['base']['name']}: its files are others than at the checkpoint")
     if old["data"]["train"] != new["data"]["train"]:
         changes.append("the training data: its samples are others than at the checkpoint")
+    if old["data"].get("validation") != new["data"].get("validation"):
+        changes.append(f"{_VALIDATION}: its samples are others than at the checkpoint")
     return changes
