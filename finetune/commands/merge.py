@@ -68,7 +68,7 @@ def merge_run(given: str | Path, *, base: str | None = None, dtype: str | None =
     Raises:
         BadInputError: there is no adapter, it does not fit the base, or the directory holds something else.
         FinetuneError: the disk is too small, or the merged model failed the check; it then stands in its
-            directory with a file UNUSABLE.md that says why.
+            directory, or in one beside a merged model that had passed, with a file UNUSABLE.md that says why.
     """
     from finetune.export.check_merge import find_fault, held_out_samples
     from finetune.export.places import find_place
@@ -92,13 +92,22 @@ def merge_run(given: str | Path, *, base: str | None = None, dtype: str | None =
             fault = find_fault(check, merge.recipe.merge)
             _record(temporary, merge, plan, check, fault, place)
             _copy_origin(temporary, merge)
-        replace_directory(new, folder)
+        target = folder
+        if fault is not None and _is_usable(folder):
+            target = folder.with_name(f"{folder.name}-unusable")
+            _require_replaceable(target)
+        replace_directory(new, target)
     except OSError as error:
         raise FinetuneError(f"{folder}: cannot be written: {error.strerror or error}") from error
     _say_check(check)
     if fault is not None:
-        raise FinetuneError(f"{folder}: must not be used: {fault}; see {folder / UNUSABLE}")
+        kept = "" if target == folder else f"; {folder} is as it was"
+        raise FinetuneError(f"{target}: must not be used: {fault}; see {target / UNUSABLE}{kept}")
     return folder
+
+
+def _is_usable(folder: Path) -> bool:
+    return (folder / MERGE_RECORD).is_file() and not (folder / UNUSABLE).is_file()
 
 
 def _prepare(place: RunPlace, base: str | None, dtype: str | None) -> tuple[Merge, Any]:

@@ -156,8 +156,7 @@ def _run_recipe(
     if is_rank_zero():
         write_atomic(run_dir.recipe, dump_recipe(recipe))
         job.data.ledger.write(run_dir)
-        if arguments.resume is not None and checkpoint is not None:
-            put_later_aside(run_dir, checkpoint)
+        put_later_aside(run_dir, 0 if checkpoint is None else checkpoint.step)
     for line in job.data.ledger.summary_lines():
         say(line)
     _say_plan(job, checkpoint)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from finetune.console import warn
 from finetune.data.template import ChatTemplate, load_template
 from finetune.errors import ModelError
+from finetune.files import damage_of
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, attach_adapter, load_adapter, token_indices
 from finetune.models.load import fit_vocabulary, load_base, load_tokenizer
 from finetune.models.shared import mapped_source
@@ -24,6 +26,7 @@ from finetune.run_dir import MERGE_RECORD, RunDir
 # What decoding can use; everything else becomes sdpa.
 _DECODING_ATTENTION = ("eager", "sdpa", "flash_attention_2")
 _FINGERPRINTS = "fingerprints.json"
+_MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -106,9 +109,22 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     found = [
         (int(match.group(1)), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / "manifest.json").is_file() and _is_adapter(path)
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _MANIFEST).is_file() and _is_adapter(path)
     ]
-    return max(found)[1] if found else None
+    for _, path in sorted(found, reverse=True):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        warn(f"{path} is damaged and passed over: {damage}")
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        return damage_of(checkpoint, files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its manifest.json cannot be read"
 
 
 def load_run_recipe(recipe_path: Path, adapter: Path | None) -> tuple[Recipe, ModelSource]:

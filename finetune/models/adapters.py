@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,10 @@ def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
     names = [name for name, _ in base.named_modules()]
     if adapter.target_modules != "all-linear":
         _require_modules("adapter.target_modules", adapter.target_modules, names, linear_names(base))
+    _require_modules("adapter.exclude_modules", adapter.exclude_modules, names, linear_names(base))
     _require_modules("adapter.modules_to_save", adapter.modules_to_save, names, _top_names(names))
+    for key, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        _require_matches(f"adapter.{key}", pattern, names, linear_names(base))
     indices = token_indices(adapter, tokenizer)
     num_rows = base.get_input_embeddings().weight.shape[0]
     for index in indices:
@@ -121,6 +125,17 @@ def _require_modules(key: str, wanted: Iterable[str], names: list[str], candidat
         near = difflib.get_close_matches(target, candidates, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ModelError(f"{key}: the model has no module {target}{hint} It has: {', '.join(candidates)}")
+
+
+def _require_matches(key: str, patterns: Iterable[str], names: list[str], candidates: list[str]) -> None:
+    """As PEFT matches them: the end of a name, from a dot on; it passes over a pattern that matches nothing."""
+    for pattern in patterns:
+        try:
+            matched = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+        except re.error as error:
+            raise ModelError(f"{key}: {pattern} is no regular expression: {error}") from error
+        if not matched:
+            _require_modules(key, [pattern], [], candidates)
 
 
 def token_indices(adapter: LoraSection, tokenizer: Any) -> list[int]:

@@ -104,6 +104,8 @@ class Planner:
 
     def _footprint(self, recipe: Recipe, attention: str, step: ForwardPass, on_cpu: bool) -> Footprint:
         wanted = recipe.training.gradient_checkpointing
+        if wanted == "auto":
+            wanted = True  # what takes the least, until it is settled
         if isinstance(wanted, bool):
             return self._measured(recipe, attention, step, on_cpu, wanted)
         kept, recomputed = (self._measured(recipe, attention, step, on_cpu, every) for every in (False, True))

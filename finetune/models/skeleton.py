@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError, first_line
-from finetune.models.adapters import attach_adapter
+from finetune.models.adapters import attach_adapter, build_config
 from finetune.models.attention import loadable_attention
 from finetune.models.load import base_dtype, register_attention, use_plain_linears
 from finetune.recipe.schema import LoraSection, ModelSection
@@ -64,6 +64,18 @@ def adapt_skeleton(base: Any, adapter: LoraSection, tokenizer: Any) -> PeftModel
     plain = adapter.model_copy(update={"init": "default"})  # other initial values need weights; shapes are the same
     with torch.device("meta"):
         return attach_adapter(base, plain, tokenizer, seed=0)
+
+
+def check_names(config: Any, model: ModelSection, adapter: LoraSection, *, precision: str) -> None:
+    """Look for the modules that the adapter's section names, before any weight is loaded.
+
+    Raises:
+        ModelError: if one is not in the model; the message lists what is.
+    """
+    lists = (adapter.exclude_modules, adapter.modules_to_save, adapter.rank_pattern, adapter.alpha_pattern)
+    if adapter.target_modules != "all-linear" or any(lists):
+        base = build_skeleton(config, model, precision=precision)
+        build_config(base, adapter.model_copy(update={"trainable_tokens": []}), None)
 
 
 def target_counts(adapted: PeftModel) -> dict[str, int]:

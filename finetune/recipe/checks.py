@@ -169,6 +169,12 @@ CHECKS: tuple[Check, ...] = (
         "{recipe.training.global_batch_size}; lower it, or raise training.global_batch_size",
     ),
     Check(
+        "training.gradient_checkpointing",
+        lambda r: r.training.gradient_checkpointing == "auto" and r.training.auto_micro_batch,
+        "auto and training.auto_micro_batch would each fill the memory for itself; set one of them, e.g. "
+        "gradient_checkpointing: true",
+    ),
+    Check(
         "training.precision",
         lambda r: r.training.precision == "16-mixed" and r.distributed.accelerator == "cpu",
         "16-mixed needs CUDA and distributed.accelerator is cpu; use bf16-mixed",

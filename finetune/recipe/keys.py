@@ -38,6 +38,11 @@ class Place:
         return {key: Place(node) for branch in self.branches for key, node in branch.get("properties", {}).items()}
 
     @property
+    def takes_any_key(self) -> bool:
+        """Whether it is a mapping whose keys the recipe makes up."""
+        return any(isinstance(branch.get("additionalProperties"), dict) for branch in self.branches)
+
+    @property
     def choices(self) -> list[Any]:
         """The values of a closed choice; empty where others are accepted as well as none."""
         return [

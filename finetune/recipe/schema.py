@@ -198,10 +198,10 @@ class TrainingSection(Section):
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer.")
     schedule: ScheduleSection = Field(ScheduleSection(), description="The learning-rate schedule.")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Clip gradients to this norm.")
-    gradient_checkpointing: bool | PositiveInt = Field(
+    gradient_checkpointing: bool | Literal["auto"] | PositiveInt = Field(
         False,
         description="Recompute activations in the backward pass: less memory, slower. "
-        "A number: of the first so many decoder layers; `finetune check` names the least that fits.",
+        "A number: of the first so many decoder layers. auto: of as few as the memory estimate lets fit.",
     )
     activation_offload: bool = Field(
         False, description="Keep activations in host memory until the backward pass: less GPU memory, slower."

@@ -21,7 +21,15 @@ from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_p
 from finetune.models.sources import ModelSource, describe_model
 from finetune.recipe.schema import Recipe
 from finetune.training.disk import find_room
-from finetune.training.fitting import Devices, cheapest_fit, estimate, fewest_recomputed, memory_of, settle_strategy
+from finetune.training.fitting import (
+    Devices,
+    cheapest_fit,
+    estimate,
+    fewest_recomputed,
+    memory_of,
+    settle_checkpointing,
+    settle_strategy,
+)
 from finetune.training.habits import Planned, habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
@@ -131,6 +139,13 @@ class Checkup:
             memory = memory_of(placement)
         placement, why = settle_strategy(self.recipe, self.planner, placement, memory)
         return placement, Devices(placement.accelerator, memory, placement.world_size), why
+
+    @cached_property
+    def settled(self) -> tuple[Recipe, str]:
+        """The recipe with gradient_checkpointing auto settled as a run does it, and why."""
+        placement, devices, _ = self.resolved
+        step = largest_pass(self.config, self.recipe, self.attention)
+        return settle_checkpointing(self.recipe, self.planner, step, placement, devices.memory_bytes)
 
     @cached_property
     def passes(self) -> Passes:
@@ -270,9 +285,10 @@ def _check_devices(checkup: Checkup) -> Iterator[Finding]:
 
 def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     placement, devices, why = checkup.resolved
+    recipe, chosen = checkup.settled
     step = checkup.step
     try:
-        found = estimate(checkup.planner, checkup.recipe, step, placement.strategy, devices)
+        found = estimate(checkup.planner, recipe, step, placement.strategy, devices)
     except NoEstimateError as problem:
         yield warning("memory", str(problem))
         return
@@ -288,7 +304,7 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
         "fits": found.total <= devices.usable_bytes,
     }
     if found.total > devices.usable_bytes:
-        fit = cheapest_fit(checkup.planner, checkup.recipe, step, placement.strategy, devices)
+        fit = cheapest_fit(checkup.planner, recipe, step, placement.strategy, devices)
         advice = "no change of the recipe makes it fit; take a smaller model or more devices"
         if fit is not None:
             values |= {"cheapest_change": list(fit.overrides), "total_bytes_then": fit.total}
@@ -297,16 +313,18 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     else:
         reason = f" ({why})" if why else ""
         yield fact("memory", f"about {format_bytes(found.total)} of {there} a {unit}: {placed}{reason}", **values)
-        fewest = fewest_recomputed(checkup.planner, checkup.recipe, step, placement.strategy, devices)
+        fewest = fewest_recomputed(checkup.planner, recipe, step, placement.strategy, devices)
         if fewest is not None:
             advice = f"fewer than its {checkup.planner.num_layers} layers need to be computed again, which is faster"
             yield fact("memory", f"{advice}: {fewest.overrides[0]} ({format_bytes(fewest.total)})")
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.parts.items() if size)
     yield fact("memory", f"of that {parts}")
     vocabulary = checkup.config.get_text_config().vocab_size
-    other = checkup.recipe.training.gradient_checkpointing
-    training = checkup.recipe.training.model_copy(update={"gradient_checkpointing": not other})
-    changed = checkup.recipe.model_copy(update={"training": training})
+    if chosen:
+        yield fact("memory", f"training.gradient_checkpointing: auto is {chosen}")
+    other = recipe.training.gradient_checkpointing
+    training = recipe.training.model_copy(update={"gradient_checkpointing": not other})
+    changed = recipe.model_copy(update={"training": training})
     kept = checkup.planner.estimate(changed, found.spread, step).parts["activations"]
     yield fact(
         "memory",
@@ -352,7 +370,7 @@ def known_speed(recipe: Recipe) -> float | None:
 def _check_habits(checkup: Checkup) -> Iterator[Finding]:
     placement, passes = checkup.resolved[0], checkup.passes
     passes_a_step = passes.num_passes / (passes.num_steps * placement.world_size)
-    run = Planned(checkup.recipe, placement, checkup.attention, checkup.packing, passes_a_step)
+    run = Planned(checkup.settled[0], placement, checkup.attention, checkup.packing, passes_a_step)
     for habit in habits_of(run):
         mark = "yes" if habit.active else "no"
         yield fact("habits", f"{habit.name}: {mark}; {habit.why}", name=habit.name, active=habit.active)

@@ -13,12 +13,13 @@ from finetune.console import say
 from finetune.errors import FinetuneError
 from finetune.kernels.layout import Group
 from finetune.models.footprint import ForwardPass
-from finetune.models.memory import MemoryEstimate, Planner, Spread, format_bytes
+from finetune.models.memory import MemoryEstimate, Planner, Spread, format_bytes, largest_pass
 from finetune.recipe.schema import DistributedSection, Recipe
 from finetune.training.strategy import Placement, resolve_placement
 
 # Of a device's memory: the rest is for what the estimate does not know.
 USABLE_SHARE = 0.95
+CHECKPOINTING = "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,57 @@ def choose_strategy(recipe: Recipe, planner: Planner, placement: Placement, memo
     return "fsdp", f"the whole model does not fit ({there})"
 
 
+def with_checkpointing(recipe: Recipe, config: Any, attention: str, placement: Placement) -> Recipe:
+    """`recipe` with gradient_checkpointing auto settled for its largest forward pass on the devices that are there.
+
+    Says what was chosen, and why, in one line.
+    """
+    if recipe.training.gradient_checkpointing != "auto":
+        return recipe
+    step = largest_pass(config, recipe, attention)
+    recipe, why = settle_checkpointing(recipe, Planner(config), step, placement, memory_of(placement))
+    chosen = recipe.training.gradient_checkpointing
+    say(f"training.gradient_checkpointing: auto is {str(chosen).lower()}: {why}")
+    return recipe
+
+
+def settle_checkpointing(
+    recipe: Recipe, planner: Planner, step: ForwardPass, placement: Placement, memory_bytes: int
+) -> tuple[Recipe, str]:
+    """`recipe` with gradient_checkpointing auto settled: as few layers as fit, and why; "" where the recipe says which.
+
+    All layers where even they do not fit, or the model has no estimate.
+    """
+    if recipe.training.gradient_checkpointing != "auto":
+        return recipe, ""
+    devices = Devices(placement.accelerator, memory_bytes, placement.world_size)
+    every = _training(_State(recipe, step, placement.strategy), CHECKPOINTING, True)[1]
+    there = f"{format_bytes(memory_bytes)} a device"
+    try:
+        fewest = _fewest_layers(planner, every, devices)
+        if fewest is None:
+            needed = format_bytes(_total(planner, every, devices))
+            return (
+                every.recipe,
+                f"with fewer than all {planner.num_layers} layers it does not fit ({needed} of {there})",
+            )
+    except FinetuneError as error:
+        return every.recipe, f"no estimate of its memory: {error}"
+    _, state, total = fewest
+    layers = state.recipe.training.gradient_checkpointing or "none"
+    return state.recipe, f"{layers} of {planner.num_layers} layers ({format_bytes(total)} of {there})"
+
+
+def _fewest_layers(planner: Planner, start: _State, devices: Devices) -> tuple[str, _State, int] | None:
+    """The least number of recomputed layers that fits, below all of them: as override, state and bytes."""
+    for count in range(planner.num_layers):
+        text, state = _training(start, CHECKPOINTING, count or False)
+        total = _total(planner, state, devices)
+        if total <= devices.usable_bytes:
+            return text, state, total
+    return None
+
+
 @dataclass(frozen=True)
 class Fit:
     """A recipe's changes, as overrides, and what it takes with them."""
@@ -127,12 +179,8 @@ def fewest_recomputed(
     training = recipe.training
     if training.gradient_checkpointing is not True or (training.activation_offload and devices.accelerator == "cuda"):
         return None
-    for count in range(planner.num_layers):
-        text, state = _training(_State(recipe, step, strategy), "gradient_checkpointing", count or False)
-        total = _total(planner, state, devices)
-        if total <= devices.usable_bytes:
-            return Fit((text,), total)
-    return None
+    fewest = _fewest_layers(planner, _State(recipe, step, strategy), devices)
+    return None if fewest is None else Fit((fewest[0],), fewest[2])
 
 
 def _total(planner: Planner, state: _State, devices: Devices) -> int:
@@ -192,11 +240,11 @@ def _half(step: ForwardPass) -> ForwardPass:
 def _checkpointing(planner: Planner, state: _State, _: Devices) -> Changes:
     """The first layer, the first two, and so on to all."""
     wanted = state.recipe.training.gradient_checkpointing
-    if wanted is True:
+    if wanted is True or wanted == "auto":
         return
     for count in range(int(wanted) + 1, planner.num_layers):
-        yield _training(state, "gradient_checkpointing", count)
-    yield _training(state, "gradient_checkpointing", True)
+        yield _training(state, CHECKPOINTING, count)
+    yield _training(state, CHECKPOINTING, True)
 
 
 def _activation_offload(_planner: Planner, state: _State, devices: Devices) -> Changes:

@@ -126,8 +126,12 @@ class FinetuneModule(L.LightningModule):
         fit_vocabulary(base, self.tokenizer, seed=training.seed)
         with inference_mode(base):  # dropout would draw other masks for each of the two passes
             check_head(base, self.source.name)
+        assert training.gradient_checkpointing != "auto", "prepare_job settles it"
         checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
+        # Not the converted copy that was loaded: what is saved has to say which model another machine needs.
+        for config in model.peft_config.values():
+            config.base_model_name_or_path, config.revision = self.source.location, self.source.revision
         fused = make_traceable(model) if training.compile else fuse(model)
         if fused.left_to_peft:
             say(f"{fused.left_to_peft} adapter layers run PEFT's own forward: dropout, DoRA and int8 are not fused")

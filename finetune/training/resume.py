@@ -10,7 +10,7 @@ import yaml
 
 from finetune.console import say, warn
 from finetune.errors import BadInputError
-from finetune.recipe.keys import flatten
+from finetune.recipe.keys import Place, flatten, root
 from finetune.run_dir import RunDir
 from finetune.training.checkpoint import (
     FINGERPRINTS,
@@ -21,6 +21,7 @@ from finetune.training.checkpoint import (
     open_checkpoint,
 )
 
+_VALIDATION = "the validation data"
 # Keys (or sections) that change speed, cadence or place, never what is learned.
 HARMLESS = (
     "name",
@@ -59,10 +60,13 @@ def find_checkpoint(
     """
     checkpoint = newest_checkpoint(run.checkpoints) if chosen is None else open_checkpoint(chosen)
     if checkpoint is None:
+        if list_checkpoints(run.checkpoints):
+            warn(f"{run.checkpoints} holds no whole checkpoint, so training starts anew")
         return None
     changes = changed_keys((checkpoint.path / RECIPE).read_text(), recipe_text)
     changes += _changed_fingerprints(json.loads((checkpoint.path / FINGERPRINTS).read_text()), fingerprints)
-    serious = [change for change in changes if not _is_harmless(change.split(":")[0])]
+    by_validation = _chooses_by_validation(yaml.safe_load(recipe_text))
+    serious = [change for change in changes if not _is_harmless(change.split(":")[0], by_validation)]
     if serious and not accept_changes:
         raise BadInputError(
             f"{checkpoint.path} was made with other settings, which change the result:\n  "
@@ -74,10 +78,13 @@ def find_checkpoint(
     return checkpoint
 
 
-def put_later_aside(run: RunDir, checkpoint: Checkpoint) -> None:
-    """Move checkpoints behind `checkpoint` to `checkpoints-aside/`: the run goes another way from here."""
+def put_later_aside(run: RunDir, step: int) -> None:
+    """Move checkpoints behind `step` to `checkpoints-aside/`: the run goes another way from there, or they are damaged.
+
+    Among those that are kept, a damaged one would take a whole one's place.
+    """
     for path in list_checkpoints(run.checkpoints):
-        if int(path.name.removeprefix("step-")) > checkpoint.step:
+        if int(path.name.removeprefix("step-")) > step:
             aside = run.root / "checkpoints-aside"
             aside.mkdir(exist_ok=True)
             target = aside / path.name
@@ -93,16 +100,27 @@ def changed_keys(old: str, new: str) -> list[str]:
     """`key: old value -> new value` of two resolved recipes; keys that only one of them knows are left out."""
     before, after = (flatten(yaml.safe_load(text), split_lists=True) for text in (old, new))
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if key in after and before[key] != after[key]] + [
-        f"{key}: {'added' if key in after else 'removed'}" for key in before.keys() ^ after.keys() if _is_listed(key)
+        f"{key}: {'added' if key in after else 'removed'}" for key in before.keys() ^ after.keys() if _is_item(key)
     ]
 
 
-def _is_listed(key: str) -> bool:
-    """Whether a key that only one recipe has is a list's item rather than a key of another version."""
-    return any(part.isdigit() for part in key.split("."))
+def _is_item(key: str) -> bool:
+    """Whether a key that only one recipe has is of a list or of a mapping of names, not a key of another version."""
+    place: Place | None = root()
+    for part in key.split("."):
+        if part.isdigit() or (place is not None and place.takes_any_key):
+            return True
+        place = place.below(part) if place is not None else None
+    return False
 
 
-def _is_harmless(key: str) -> bool:
+def _chooses_by_validation(recipe: dict[str, Any]) -> bool:
+    return recipe["evaluation"]["early_stopping"] is not None or recipe["checkpoint"]["final"] == "best"
+
+
+def _is_harmless(key: str, by_validation: bool) -> bool:
+    if key == _VALIDATION:
+        return not by_validation
     return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
 
 
@@ -112,4 +130,6 @@ def _changed_fingerprints(old: dict[str, Any], new: dict[str, Any]) -> list[str]
         changes.append(f"the base model {new['base']['name']}: its files are others than at the checkpoint")
     if old["data"]["train"] != new["data"]["train"]:
         changes.append("the training data: its samples are others than at the checkpoint")
+    if old["data"].get("validation") != new["data"].get("validation"):
+        changes.append(f"{_VALIDATION}: its samples are others than at the checkpoint")
     return changes

@@ -25,6 +25,7 @@ from finetune.files import replace_directory
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, adapter_state, config_text, save_weights, token_indices
 from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.load import load_config, load_tokenizer
+from finetune.models.skeleton import check_names
 from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.models.tokenizer_files import save_tokenizer
 from finetune.recipe.load import dump_recipe, read_document
@@ -36,7 +37,7 @@ from finetune.training.best import take_best
 from finetune.training.callbacks import Meter, NonFiniteStop
 from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore, write_parts
 from finetune.training.checkpoint_writer import CheckpointWriter
-from finetune.training.fitting import place
+from finetune.training.fitting import place, with_checkpointing
 from finetune.training.module import FinetuneModule
 from finetune.training.out_of_memory import Halving, check_halving
 from finetune.training.preemption import Preemption, requeue
@@ -103,6 +104,7 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
     with in_turn():
         source = find(recipe.model)
         config = load_config(recipe.model, source)
+        check_names(config, recipe.model, recipe.adapter, precision=recipe.training.precision)
         attention = choose_attention(config, recipe.model, recipe.data)
         tokenizer = load_tokenizer(recipe.model, source)
         token_indices(recipe.adapter, tokenizer)
@@ -113,6 +115,7 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
     check_halving(recipe, placement)
     plan = build_plan(len(data.train), recipe.training)
     packing = choose_packing(recipe, data.train, why_not=why_not_packed(config, attention))
+    recipe = with_checkpointing(recipe, config, attention, placement)
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
 
 

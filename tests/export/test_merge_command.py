@@ -106,6 +106,11 @@ def test_drift_over_the_bound_is_marked(
         record["check"]["merged"]["kl"], rel=1e-3
     )
     assert not (tmp_path / "out" / "UNUSABLE.md").exists()
+    # One that may be used is not lost to one that may not.
+    assert main(["merge", str(run), "--base", "original", "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path / 'out'} is as it was" in capsys.readouterr().err
+    assert read_record(tmp_path / "out")["usable"] and not (tmp_path / "out" / "UNUSABLE.md").exists()
+    assert (tmp_path / "out-unusable" / "UNUSABLE.md").is_file()
 
 
 def test_fm05_an_adapter_that_changes_nothing_is_said(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

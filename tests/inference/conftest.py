@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finetune.data.template import load_template
+from finetune.files import sha256_file
 from finetune.models.adapters import attach_adapter, save_adapter, token_indices
 from finetune.models.load import fit_vocabulary
 from finetune.recipe.load import dump_recipe
@@ -116,7 +118,10 @@ def make_run(base_folder: Path, tmp_path: Path) -> Callable[..., tuple[Path, Any
             if place == "adapter":
                 tokenizer.save_pretrained(folder)
             else:
-                (folder / "manifest.json").write_text("{}")
+                files = {
+                    file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in folder.iterdir()
+                }
+                (folder / "manifest.json").write_text(json.dumps({"files": files}))
         return run, model.eval()
 
     return make

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.cli import main
 from finetune.errors import ModelError, RecipeError
-from finetune.inference.load import load_run
+from finetune.inference.load import find_run, load_run
 from tests.inference.conftest import build_llama
 from tests.tiny import WORDS, tiny_recipe, write_jsonl, write_model, write_recipe
 
@@ -44,6 +44,16 @@ def test_without_it_the_newest_whole_checkpoint_is(make_run: MakeRun) -> None:
     loaded = load_run(run)
     assert loaded.adapter_path == run / "checkpoints" / "step-1000000"
     torch.testing.assert_close(logits(loaded.model), logits(trained))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = make_run("checkpoints/step-000010", "checkpoints/step-000020")
+    weights = run / "checkpoints" / "step-000020" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert find_run(run)[1] == run / "checkpoints" / "step-000010"
+    assert "step-000020 is damaged and passed over: adapter_model.safetensors" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_adapter_and_recipe_will_do(make_run: MakeRun, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -56,3 +57,16 @@ def test_what_follows_a_run_from_an_empty_cache_is_accepted(
     add_commit(hub, {"model.safetensors": (tmp_path / "files" / "model.safetensors").read_bytes()})
     assert "the base model acme/base: its files are others than at the checkpoint" in err("run", str(recipe), code=2)
     assert "is not the base that the adapter was trained on" in err("merge", str(run), code=2)
+
+
+def test_an_adapter_names_its_base_on_the_hub_and_no_copy_of_this_machine(
+    hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.add_repository(BASE, write_model(tmp_path / "files", "llama"))
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(8, longest=4))
+    values = tiny_recipe(tmp_path, Path(BASE), rows, model={"quantization": "nf4"}, checkpoint={"every_steps": 2})
+    assert main(["run", str(write_recipe(tmp_path / "recipe.json", values))]) == 0
+    written = list((tmp_path / "runs" / "tiny").rglob("adapter_config.json"))
+    assert len(written) > 1
+    assert {json.loads(path.read_text())["base_model_name_or_path"] for path in written} == {BASE}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -40,6 +42,30 @@ def test_fm26_a_wrong_target_names_the_near_one_and_all(wrong: str, meant: str) 
     message = str(caught.value)
     assert "adapter.target_modules" in message and f"did you mean {meant}?" in message
     assert all(name in message for name in LINEAR["falcon"])
+
+
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        (
+            {"exclude_modules": ["down_prj"]},
+            "adapter.exclude_modules: the model has no module down_prj; did you mean down",
+        ),
+        ({"rank_pattern": {"q_prj": 64}}, "adapter.rank_pattern: the model has no module q_prj; did you mean q_proj?"),
+        ({"alpha_pattern": {"layers.9.v_proj": 9}}, "adapter.alpha_pattern: the model has no module layers.9.v_proj"),
+        ({"alpha_pattern": {"(": 9}}, "adapter.alpha_pattern: ( is no regular expression"),
+    ],
+)
+def test_fm26_other_names_of_the_adapter_are_looked_for_too(section: dict[str, Any], part: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        build_config(on_meta("llama"), LoraSection(**section), None)
+    assert str(caught.value).startswith(part)
+    fine = {
+        "exclude_modules": ["down_proj"],
+        "rank_pattern": {r"layers\.0\..*q_proj": 4},
+        "alpha_pattern": {"v_proj": 2},
+    }
+    assert build_config(on_meta("llama"), LoraSection(**fine), None).rank_pattern == fine["rank_pattern"]
 
 
 def test_fm26_llama_names_on_falcon_list_the_candidates() -> None:

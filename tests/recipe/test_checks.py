@@ -68,6 +68,11 @@ REFUSED = [
     ),
     (["training.epochs=null"], "training.epochs", "so the run has no end"),
     (["training.micro_batch_size=32"], "training.micro_batch_size", "(the effective batch) has 16"),
+    (
+        ["training.gradient_checkpointing=auto", "training.auto_micro_batch=true"],
+        "training.gradient_checkpointing",
+        "gradient_checkpointing: true",
+    ),
     (["training.precision=16-mixed", "distributed.accelerator=cpu"], "training.precision", "use bf16-mixed"),
     (["training.optimizer.betas=[0.9, 1.0]"], "training.optimizer.betas", "[0.9, 1.0] is out of range"),
     (["training.optimizer.betas=[-0.1, 0.9]"], "training.optimizer.betas", "from 0 and below 1"),

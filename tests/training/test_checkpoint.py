@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,8 +41,6 @@ def same_ending(left: RunDir, right: RunDir, step: str = "step-000006") -> None:
 
 def interrupt_after(run: RunDir, step: int) -> None:
     """Leave the run as a kill right after the checkpoint of `step` leaves it."""
-    import shutil
-
     for path in run.checkpoints.iterdir():
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
@@ -145,6 +144,28 @@ def test_fm19_a_damaged_checkpoint_is_named_and_passed_over(
     assert "step-000004 is not a whole checkpoint" in capsys.readouterr().err
     run_tiny(checkpoint=EVERY_STEP)
     assert damage(run.checkpoints / "step-000004") is None
+
+
+def test_fm19_damaged_checkpoints_take_no_whole_ones_place(
+    run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_tiny(checkpoint=EVERY_STEP)
+    shutil.rmtree(run.adapter)
+    for step in (3, 4):
+        flip(run.checkpoints / f"step-{step:06d}" / WEIGHTS_NAME)
+    # Otherwise the two would be the newest, and what is written at step 3 would be deleted at once.
+    run_tiny(checkpoint={"every_steps": 1, "keep_last": 1, "keep_best": 0})
+    aside = run.root / "checkpoints-aside"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-000003", "step-000004"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000004"]
+    assert damage(run.checkpoints / "step-000004") is None
+
+    shutil.rmtree(run.adapter)
+    flip(run.checkpoints / "step-000004" / WEIGHTS_NAME)
+    capsys.readouterr()
+    run_tiny(checkpoint={"every_steps": 1, "keep_last": 1})
+    assert "holds no whole checkpoint, so training starts anew" in capsys.readouterr().err
+    assert damage(run.checkpoints / "step-000004") is None and (aside / "step-000004.2").is_dir()
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from finetune.training.fitting import (
     estimate,
     fewest_recomputed,
     place,
+    settle_checkpointing,
+    with_checkpointing,
 )
 from finetune.training.strategy import Placement
 from tests.models.test_memory import llama, recipe
@@ -151,3 +153,40 @@ def test_sharding_is_offered_where_the_recipe_may_have_it(policy: str, offered: 
     state = _State(recipe(training={"on_out_of_memory": policy}), ForwardPass(1, 8, 8), "ddp")
     for change in (_fsdp, _offload):
         assert bool(list(change(Planner(CONFIG), state, Devices("cuda", 1, 4)))) == offered
+
+
+ONE_GPU = Placement("cuda", 1, 1, "single")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
+def test_auto_recomputes_as_few_layers_as_fit(share: float) -> None:
+    planner = Planner(CONFIG)
+    made = recipe(data={"max_seq_len": 256}, training={"micro_batch_size": 8, "gradient_checkpointing": "auto"})
+    step = largest_pass(CONFIG, made, "segments")
+    devices = Devices("cuda", 0, 1)
+
+    def total(wanted: bool | int) -> int:
+        training = made.training.model_copy(update={"gradient_checkpointing": wanted})
+        changed = made.model_copy(update={"training": training})
+        return estimate(planner, changed, step, "single", devices).total
+
+    need = total(True) + share * (total(False) - total(True))
+    settled, why = settle_checkpointing(made, planner, step, ONE_GPU, int(need / USABLE_SHARE) + 1)
+    chosen = settled.training.gradient_checkpointing
+    assert chosen != "auto" and total(chosen) <= need + 1 and f"of {planner.num_layers} layers" in why
+    if chosen is not False:
+        fewer = planner.num_layers - 1 if chosen is True else chosen - 1
+        assert total(fewer or False) > need, "one layer fewer does not fit"
+    assert (chosen is False) == (share == 1.0)
+
+    settled, why = settle_checkpointing(made, planner, step, ONE_GPU, 10**6)
+    assert settled.training.gradient_checkpointing is True and "with fewer than all 16 layers it does not fit" in why
+    same = recipe(training={"gradient_checkpointing": 3})
+    assert settle_checkpointing(same, planner, step, ONE_GPU, 1) == (same, "")
+
+
+def test_auto_is_settled_and_said_before_a_run(capsys: Any) -> None:
+    made = recipe(training={"gradient_checkpointing": "auto"})
+    settled = with_checkpointing(made, CONFIG, "segments", Placement("cpu", 1, 1, "single"))
+    assert settled.training.gradient_checkpointing is False
+    assert "training.gradient_checkpointing: auto is false: none of 16 layers (" in capsys.readouterr().err

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.data.prepare import prepare_data
 from finetune.data.template import load_template
 from finetune.models.adapters import WEIGHTS_NAME
+from finetune.recipe.load import read_document
 from finetune.recipe.schema import DataSection, SourceSection
+from finetune.training import fitting
 from finetune.training.metrics import read_metrics
 from finetune.training.steps import StepPlan
 from tests.tiny import CONFIGS, SIZES, _config
@@ -155,6 +157,18 @@ def test_fm04_checkpointing_leaves_no_adapter_without_gradient(architecture: str
     adapter = load_file(run.adapter / WEIGHTS_NAME)
     lora_b = [tensor for name, tensor in adapter.items() if "lora_B" in name]
     assert lora_b and all(tensor.abs().max() > 0 for tensor in lora_b)
+
+
+def test_a_run_settles_how_many_layers_are_recomputed(
+    run_tiny: RunTiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "memory_of", lambda placement: 1)
+    run = run_tiny(training={**ONE_STEP, "gradient_checkpointing": "auto"})
+    assert (
+        "training.gradient_checkpointing: auto is true: with fewer than all 2 layers it does not fit"
+        in capsys.readouterr().err
+    )
+    assert read_document(run.recipe).value["training"]["gradient_checkpointing"] is True
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

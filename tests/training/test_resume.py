@@ -29,6 +29,7 @@ SERIOUS: dict[str, dict[str, Any]] = {
     "training.optimizer.lr: 0.01 -> 0.02": {"training": {"optimizer": {"lr": 0.02}}},
     "training.global_batch_size: 8 -> 4": {"training": {"global_batch_size": 4}},
     "adapter.rank: 4 -> 2": {"adapter": {"rank": 2}},
+    "adapter.alpha_pattern.q_proj: added": {"adapter": {"alpha_pattern": {"q_proj": 800}}},
     "data.train_on: all_assistant -> everything": {"data": {"train_on": "everything"}},
 }
 HARMLESS: dict[str, dict[str, Any]] = {
@@ -48,6 +49,24 @@ def test_a_change_that_matters_is_refused(change: str, run_tiny: RunTiny, capsys
     message = capsys.readouterr().err
     assert change in message and "--accept-changes" in message and "--fresh" in message
     assert not run.adapter.exists()
+
+
+@pytest.mark.parametrize(("final", "code"), [("last", 0), ("best", 2)])
+def test_other_validation_data_are_said_and_refused_where_they_choose(
+    final: str, code: int, run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", alpaca_rows(4, seed=7))
+    sections = {
+        "data": {"validation": {"source": {"path": str(held_out)}}},
+        "evaluation": {"every_steps": 1},
+        "checkpoint": {**EVERY_STEP, "final": final},
+    }
+    run = run_tiny(**sections)
+    interrupt_after(run, 2)
+    write_jsonl(held_out, alpaca_rows(4, seed=8))
+    capsys.readouterr()
+    run_tiny(expect=code, **sections)
+    assert "the validation data: its samples are others than at the checkpoint" in capsys.readouterr().err
 
 
 def test_an_accepted_change_goes_on(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
