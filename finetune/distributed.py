@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 
 # The names that SLURM gives to a shell. As Lightning's SLURMEnvironment: what is started there is not srun's.
 _SLURM_SHELLS = ("bash", "interactive")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def global_rank() -> int:
@@ -19,6 +22,18 @@ def global_rank() -> int:
 def is_rank_zero() -> bool:
     """Whether this process prints, prepares data and writes files."""
     return global_rank() == 0
+
+
+def end_with_rank_zero() -> None:
+    """In a process that rank 0 has started: the kernel kills it when rank 0 is gone, even by a kill.
+
+    It would wait in a collective for hours. torchrun and srun look after their processes themselves.
+    """
+    started = global_rank() > 0 and "RANK" not in os.environ and not _started_by_srun()
+    if started and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _started_by_srun() -> bool:

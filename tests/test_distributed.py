@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from finetune.distributed import global_rank
@@ -24,3 +29,30 @@ RANKS = {
 def test_every_process_knows_its_rank(environment: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.environ", environment)
     assert global_rank() == rank
+
+
+# Starts another process and is killed when that one is ready.
+PARENT = """
+import os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE)
+child.stdout.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+CHILD = """
+import sys, time
+from finetune.distributed import end_with_rank_zero
+end_with_rank_zero()
+print(flush=True)
+time.sleep({seconds})
+print('stayed', file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("launcher", "seconds"), [("our launcher", 600), ("torchrun", 0.2), ("srun", 0.2)])
+def test_a_process_of_our_launcher_ends_with_rank_zero_however_that_ends(launcher: str, seconds: float) -> None:
+    command = [sys.executable, "-c", PARENT, CHILD.format(seconds=seconds)]
+    environment = {**os.environ, **RANKS[launcher][0]}
+    # Both have stderr: its end is the end of the last.
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, timeout=100, text=True)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr == ("" if launcher == "our launcher" else "stayed\n")

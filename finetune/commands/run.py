@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import progress_bar, say, stdout, warn
-from finetune.distributed import is_rank_zero
+from finetune.distributed import end_with_rank_zero, is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError, PreemptedError
 from finetune.files import recover_directory, sole_owner, write_atomic
 from finetune.machine import (
@@ -52,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure and save; continue where an earlier call was stopped."""
+    end_with_rank_zero()
     with StopSignals(_continuing_command(arguments)) as signals:
         try:
             return _run(arguments, signals)

@@ -106,6 +106,22 @@ def pack_rows(samples: Sequence[int], lengths: np.ndarray, prefixes: Prefixes, c
     ]
 
 
+def halve_row(row: PackedRow, lengths: np.ndarray) -> list[PackedRow]:
+    """The first and the second half of a row's samples; what they shared stays shared, so none is longer than `row`."""
+    half = len(row.samples) // 2
+    first: list[PackedGroup] = []
+    second: list[PackedGroup] = []
+    for group in row.groups:
+        room = half - sum(len(other.samples) for other in first)
+        for part, samples in ((first, group.samples[:room]), (second, group.samples[room:])):
+            if samples:
+                part.append(PackedGroup(group.prefix_len if len(samples) > 1 else 0, samples))
+    return [
+        PackedRow(tuple(_joined(groups)), sum(group_tokens(group, lengths) for group in groups))
+        for groups in (first, second)
+    ]
+
+
 def group_tokens(group: PackedGroup, lengths: np.ndarray) -> int:
     """Tokens that a group takes in its row."""
     own = sum(int(lengths[sample]) - group.prefix_len for sample in group.samples)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from finetune.data.batches import ROW_MULTIPLE, MicroBatch, packed_batch, padded_batch, round_up, row_length
 from finetune.data.dataset import TokenDataset
-from finetune.data.packing import PackedRow, Prefixes, pack_rows
+from finetune.data.packing import PackedRow, Prefixes, halve_row, pack_rows
 from finetune.errors import BadInputError, DataError
 from finetune.recipe.schema import TrainingSection
 
@@ -199,16 +199,8 @@ def _split_to(rows: list[PackedRow], count: int, lengths: np.ndarray) -> list[Pa
         if largest is None or len(rows[largest].samples) < 2:
             rows.append(PackedRow((), 0))
             continue
-        samples = rows[largest].samples
-        half = len(samples) // 2
-        rows[largest : largest + 1] = [_plain_row(samples[:half], lengths), _plain_row(samples[half:], lengths)]
+        rows[largest : largest + 1] = halve_row(rows[largest], lengths)
     return rows
-
-
-def _plain_row(samples: list[int], lengths: np.ndarray) -> PackedRow:
-    from finetune.data.packing import PackedGroup
-
-    return PackedRow((PackedGroup(0, tuple(samples)),), int(lengths[samples].sum()))
 
 
 class StepDataset(Dataset[StepBatch]):

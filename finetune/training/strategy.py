@@ -7,6 +7,8 @@ once per optimizer step by the training step itself. FSDP shards the frozen base
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from finetune.recipe.schema import DistributedSection, TrainingSection
 
 # Preparing data or loading a model on one rank may take long; a rank that dies is noticed by its launcher instead.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
+# Where one rank fails others often do: how long they have to say why.
+LAST_WORDS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,25 @@ def keep_fp32_exact() -> None:
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def ending_others(trainer: L.Trainer) -> Iterator[None]:
+    """Where the block fails, end the ranks that this process has started: they would wait for it in a collective."""
+    try:
+        yield
+    except BaseException:
+        started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+        others = list(started)
+        # Lightning watches this very list, and kills this process, its message unsaid, where one of them has failed.
+        started.clear()
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        for process in others:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        raise
 
 
 def _precision_plugin(precision: str, accelerator: str) -> Precision:

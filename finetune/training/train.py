@@ -43,7 +43,7 @@ from finetune.training.out_of_memory import Halving, check_halving
 from finetune.training.preemption import Preemption, requeue
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
-from finetune.training.strategy import Placement, build_trainer, check_launch, resolve_placement
+from finetune.training.strategy import Placement, build_trainer, check_launch, ending_others, resolve_placement
 from finetune.training.turns import in_turn
 from finetune.training.validation import Validation
 
@@ -168,9 +168,10 @@ def train(
         module.halving = Halving(steps)
     if recipe.training.auto_micro_batch:
         trainer.callbacks.insert(0, AutoMicroBatch(steps))  # type: ignore[attr-defined]
-    trainer.fit(module, build_loader(steps, recipe, placement))
-    if len(steps) == 0:
-        _finish_trained(trainer, module, callbacks, meter)
+    with ending_others(trainer):
+        trainer.fit(module, build_loader(steps, recipe, placement))
+        if len(steps) == 0:
+            _finish_trained(trainer, module, callbacks, meter)
     if state.is_preempted:
         if trainer.is_global_zero:
             requeue(state.stop_reason)

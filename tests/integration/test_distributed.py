@@ -141,9 +141,10 @@ def test_our_own_launcher_starts_the_other_processes(tiny: Callable[..., Path]) 
 
 
 def test_two_nodes_are_two_agents(tiny: Callable[..., Path]) -> None:
-    recipe = tiny("nodes", "llama")
+    sections = {"training": {"optimizer": {"lr": 1e-3, "eps": 1.0}}}
+    one, recipe = launch(tiny("one_node", "llama", **sections), 1), tiny("nodes", "llama", **sections)
     command = [
-        *[sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"],
+        *[sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"],
         *["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29611", "--rdzv-id=nodes"],
         *["-m", "finetune", "run", str(recipe), "distributed.strategy=fsdp"],
     ]
@@ -153,7 +154,9 @@ def test_two_nodes_are_two_agents(tiny: Callable[..., Path]) -> None:
     ]
     endings = [(agent.wait(timeout=280), agent.communicate()[1]) for agent in agents]
     assert [code for code, _ in endings] == [0, 0], endings
-    assert len(losses(RunDir(recipe.parent / "runs" / "nodes"))) == 4
+    several = RunDir(recipe.parent / "runs" / "nodes")
+    assert losses(several) == pytest.approx(losses(one), rel=1e-5)
+    assert distance(one, several) < 1e-5
 
 
 def test_a_rank_that_dies_ends_the_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -191,6 +194,47 @@ def processes_with(variable: str) -> list[int]:
         except OSError:
             continue  # it has ended meanwhile
     return found
+
+
+FAILING = """
+import os, signal, time
+if 'FAILS' in os.environ:
+    import finetune.training.module as module
+    from finetune.distributed import global_rank
+    step = module.FinetuneModule.training_step
+    rank, way = os.environ['FAILS'].split()
+    def failing(self, batch, index):
+        if self.step == 0:
+            return step(self, batch, index)
+        if global_rank() != int(rank):
+            time.sleep(600)
+        if way == 'killed':
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError(f'rank {rank} broke')
+    module.FinetuneModule.training_step = failing
+"""
+# Rank 0, whose child has died, is killed by Lightning; one that fails itself ends with a code and a message.
+FAILURES = {"0 raised": 1, "0 killed": -signal.SIGKILL, "1 raised": -signal.SIGKILL}
+
+
+@pytest.mark.parametrize(("fails", "code"), FAILURES.items(), ids=FAILURES)
+def test_a_rank_that_dies_ends_the_processes_of_our_own_launcher(
+    fails: str, code: int, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The other rank sleeps, as in a collective that never returns."""
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    recipe = tiny(f"fails_{fails.replace(' ', '_')}", "llama")
+    variables = {"FAILS": fails, "TEST": str(tmp_path)}
+    environment = {**ENVIRONMENT, **variables, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "finetune", "run", str(recipe), "distributed.devices=2"]
+    # Returns when the last of them has closed its stderr.
+    done = subprocess.run(command, env=environment, timeout=280, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-3000:]
+    assert (f"rank {fails[0]} broke" in done.stderr) == fails.endswith("raised")
+    deadline = time.monotonic() + 10
+    while left := processes_with(f"TEST={tmp_path}"):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 GATED_VALIDATION = """

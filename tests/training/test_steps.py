@@ -7,7 +7,15 @@ import time
 import numpy as np
 import pytest
 
-from finetune.data.packing import PackedRow, Prefixes, best_fit_decreasing, no_prefixes, pack_rows
+from finetune.data.packing import (
+    PackedRow,
+    Prefixes,
+    best_fit_decreasing,
+    group_tokens,
+    halve_row,
+    no_prefixes,
+    pack_rows,
+)
 from finetune.errors import BadInputError
 from finetune.recipe.schema import TrainingSection
 from finetune.training.steps import (
@@ -71,11 +79,36 @@ def test_fm18_ranks_share_a_step_and_change_nothing_of_it(world_size: int, packe
             rows = plan_rows(samples, lengths, packing, world_size)
             held = [[sample for row in own for sample in row.samples] for own in rows]
             assert len({len(own) for own in rows}) == 1, "sharded layers are gathered by all ranks together"
+            assert all(row.num_tokens <= packing.max_tokens for own in rows for row in own)
         else:
             batches = plan_batches(samples, lengths, packing, world_size)
             held = [[sample for batch in own for sample in batch] for own in batches]
             assert len({len(own) for own in batches}) == 1
         assert sorted(sample for own in held for sample in own) == samples
+
+
+def test_rows_halved_for_other_ranks_keep_what_their_samples_share() -> None:
+    """Three long samples, and short ones with an instruction of 440 tokens: unshared, half of them is 1,840 tokens."""
+    lengths = np.array([900] * 3 + [460] * 16, np.int32)
+    prefixes = Prefixes(np.array([-1] * 3 + [0] * 16, np.int32), np.array([440], np.int32))
+    first, second = plan_rows(range(19), lengths, Packing(True, 2, 1024, prefixes), 2)
+    assert sorted(sample for row in (*first, *second) for sample in row.samples) == list(range(19))
+    assert [row.num_tokens for row in first] == [900, 900, 440 + 7 * 20]
+    assert [row.num_tokens for row in second] == [900, 440 + 4 * 20, 440 + 5 * 20]
+
+
+@pytest.mark.parametrize("half", [1, 2, 3])
+def test_a_row_is_halved_within_a_group(half: int) -> None:
+    """A sample that is left alone shares nothing, and stands with the others that do not."""
+    lengths = np.array([5, 15, 16, 17, 18, 19], np.int32)[: 2 * half]
+    prefixes = Prefixes(np.array([-1, 0, 0, 0, 0, 0], np.int32), np.array([10], np.int32))
+    (row,) = pack_rows(range(2 * half), lengths, prefixes, 99)
+    halves = halve_row(row, lengths)
+    assert [len(each.samples) for each in halves] == [half, half]
+    assert [sample for each in halves for sample in each.samples] == row.samples
+    for each in halves:
+        assert each.num_tokens == sum(group_tokens(group, lengths) for group in each.groups) <= row.num_tokens
+        assert all((group.prefix_len > 0) <= (len(group.samples) > 1) for group in each.groups)
 
 
 def test_ranks_get_nearly_equal_work() -> None:

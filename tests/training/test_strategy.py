@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -9,7 +15,15 @@ from lightning.pytorch.accelerators import CPUAccelerator
 
 from finetune.errors import BadInputError
 from finetune.recipe.schema import TrainingSection
-from finetune.training.strategy import Placement, build_strategy, build_trainer, check_launch, keep_fp32_exact
+from finetune.training import strategy
+from finetune.training.strategy import (
+    Placement,
+    build_strategy,
+    build_trainer,
+    check_launch,
+    ending_others,
+    keep_fp32_exact,
+)
 
 
 def test_the_first_adapter_is_drawn_on_the_cpu_whatever_trains_it() -> None:
@@ -20,11 +34,11 @@ def test_the_first_adapter_is_drawn_on_the_cpu_whatever_trains_it() -> None:
 
 def test_the_model_stays_where_it_is_when_training_ends() -> None:
     """A run that was stopped during its last measurement is measured only then; a meta tensor stands for a GPU's."""
-    strategy, module = build_strategy(Placement("cpu", 1, 1, "single")), L.LightningModule()
+    one_device, module = build_strategy(Placement("cpu", 1, 1, "single")), L.LightningModule()
     module.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
-    strategy.connect(module)
-    strategy.accelerator = CPUAccelerator()
-    strategy.teardown()
+    one_device.connect(module)
+    one_device.accelerator = CPUAccelerator()
+    one_device.teardown()
     assert module.weight.is_meta
 
 
@@ -56,3 +70,20 @@ def test_a_trainer_on_a_gpu_keeps_fp32_exact(accelerator: str, monkeypatch: pyte
     monkeypatch.setattr(L, "Trainer", lambda **_: None)
     build_trainer(Placement(accelerator, 1, 1, "single"), TrainingSection(), [])
     assert kept == [True] * (accelerator == "cuda")
+
+
+def test_a_rank_that_fails_ends_those_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them has its last words to say, the other never returns."""
+    monkeypatch.setattr(strategy, "LAST_WORDS_SECONDS", 0.2)
+    waiting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    failed = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    failed.wait()
+    launcher = SimpleNamespace(procs=[waiting, failed])
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
+    with ending_others(trainer):
+        pass
+    assert waiting.poll() is None and len(launcher.procs) == 2
+    with pytest.raises(OSError, match="No space left"), ending_others(trainer):
+        raise OSError("No space left on device")
+    assert (waiting.wait(), failed.returncode) == (-signal.SIGKILL, 3)
+    assert not launcher.procs, "Lightning's observer would kill the rank that failed first"
