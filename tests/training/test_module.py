@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.prepare import prepare_data
 from finetune.data.template import load_template
-from finetune.models.adapters import WEIGHTS_NAME
+from finetune.models.adapters import WEIGHTS_NAME, attach_adapter
 from finetune.recipe.schema import DataSection, SourceSection
 from finetune.training.metrics import read_metrics
 from finetune.training.steps import StepPlan
@@ -109,6 +109,17 @@ def test_fm11_values_of_another_size_than_queries_are_kept_apart_by_a_dense_mask
     check_splits("deepseek_v3", splits, run_tiny, model_dir("deepseek_v3"), rows)
 
 
+def attach_grown_adapter(*arguments: Any, **options: Any) -> peft.PeftModel:
+    """An adapter as after some steps: while B is zero, A has no gradient."""
+    model = attach_adapter(*arguments, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def check_splits(
     architecture: str,
     splits: dict[str, dict[str, Any]],
@@ -118,9 +129,18 @@ def check_splits(
     attention: str = "eager",
 ) -> None:
     """Loss and gradient of a step are the reference's in every split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.training.module.attach_adapter", attach_grown_adapter)
+        _check_splits(architecture, splits, run_tiny, model, rows, attention)
+
+
+def _check_splits(
+    architecture: str, splits: dict[str, dict[str, Any]], run_tiny: RunTiny, model: Path, rows: Path, attention: str
+) -> None:
     # The gradient is read off AdamW's first moment.
     initial = run_tiny(architecture, "initial", training={**ONE_STEP, "optimizer": {"lr": 1e-30}}).adapter
     want_loss, want = reference_step(model, rows, initial, attention)
+    assert all(grad.any() for grad in want.values())
     for name, split in splits.items():
         sections = {key: dict(value) for key, value in split.items()}
         sections["training"] = {**ONE_STEP, **sections.get("training", {})}
