@@ -19,7 +19,7 @@ from finetune.models.adapters import WEIGHTS_NAME, attach_adapter
 from finetune.recipe.schema import DataSection, SourceSection
 from finetune.training.metrics import read_metrics
 from finetune.training.steps import StepPlan
-from tests.tiny import CONFIGS, SIZES, _config
+from tests.tiny import CONFIGS, SIZES, _config, alpaca_rows, write_jsonl
 from tests.training.conftest import RunTiny
 
 LR = 1e-2
@@ -35,14 +35,14 @@ ONE_STEP = {
 def reference_step(
     model_dir: Path, rows: Path, initial: Path, attention: str = "eager"
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and LoRA gradients of the first 8 samples of the plan: PEFT's own forward, no packing, fp64."""
+    """Loss and LoRA gradients of a step of at most 8 samples: PEFT's own forward, no packing, fp64."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     data = DataSection(sources=[SourceSection(path=str(rows))], max_seq_len=128, num_workers=0)
     dataset = prepare_data(data, tokenizer, load_template(tokenizer, data), seed=0).train
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation=attention)
     model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True, autocast_adapter_dtype=False).double()
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for index in StepPlan(len(dataset), 8, 1, 8, seed=0).samples(0):
+    for index in StepPlan(len(dataset), 8, 1, min(8, len(dataset)), seed=0).samples(0):
         ids, supervised = (torch.from_numpy(array) for array in dataset[int(index)])
         logits = model(input_ids=ids[None].long()).logits[0]
         wanted = supervised[1:].bool()
@@ -107,6 +107,16 @@ def test_fm11_values_of_another_size_than_queries_are_kept_apart_by_a_dense_mask
     monkeypatch.setitem(CONFIGS, "deepseek_v3", lambda: _config("DeepseekV3Config", **values, **ranks))
     splits = {name: SPLITS[name] for name in ("1 x 8", "packed")}
     check_splits("deepseek_v3", splits, run_tiny, model_dir("deepseek_v3"), rows)
+
+
+def test_fm14_a_remainder_has_the_gradient_of_its_own_tokens(
+    run_tiny: RunTiny, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """5 rows, 8 a step: neither the loss nor a gradient may be a share of 8 samples."""
+    splits: dict[str, dict[str, Any]] = {name: dict(SPLITS[name]) for name in ("3 x 3", "packed")}
+    for split in splits.values():
+        split["training"] = {**split.get("training", {}), "epochs": 1.0, "max_steps": None}
+    check_splits("llama", splits, run_tiny, model_dir("llama"), write_jsonl(tmp_path / "five.jsonl", alpaca_rows(5)))
 
 
 def attach_grown_adapter(*arguments: Any, **options: Any) -> peft.PeftModel:
