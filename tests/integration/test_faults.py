@@ -163,6 +163,19 @@ def test_fm30_a_hub_that_goes_away_during_a_run(
     assert pushed == (run.adapter / WEIGHTS_NAME).read_bytes()
 
 
+def test_fm30_a_token_that_is_refused_ends_a_run_before_its_first_step(
+    hub: HubDouble, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrongwrongwrongwrong")
+    sections = {"hub": {"push": True, "repo_id": "acme/tickets"}, "checkpoint": {"every_steps": 1}}
+    recipe, run = recipe_of(folder, tmp_path, "refused", **sections)
+    assert main(["run", str(recipe)]) == 1
+    said = "".join(capsys.readouterr())
+    assert "token was not accepted" in said and "Traceback" not in said
+    assert "step 1/" not in said and "loading" not in said
+    assert not list(run.checkpoints.glob("*")) and not run.adapter.exists()
+
+
 class Payload:
     """What a hostile pickle does: it runs a command when it is read."""
 

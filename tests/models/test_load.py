@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from finetune.models.load import fit_vocabulary
+from tests.tiny import CONFIGS, write_tokenizer
 
 
 class Part:
@@ -35,3 +39,19 @@ def test_new_rows_are_drawn_on_the_cpu_whatever_device_the_model_is_on() -> None
     assert drawn == [(6, "cpu", "cpu", 7)]
     assert embedding.weight.device == head.weight.device == torch.device("cuda", 1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "tied_llama"])
+def test_fm27_a_base_with_more_rows_than_tokens_keeps_them(architecture: str, tmp_path: Path) -> None:
+    """Vocabularies are padded for speed: without its last rows an adapter's base is no longer the published one."""
+    config = CONFIGS[architecture]()
+    config.vocab_size = 336
+    base = AutoModelForCausalLM.from_config(config)
+    parts = base.get_input_embeddings(), base.get_output_embeddings()
+    before = [part.weight.detach().clone() for part in parts]
+    tokenizer = write_tokenizer(tmp_path)
+    assert len(tokenizer) == 320
+    fit_vocabulary(base, tokenizer, seed=0)
+    assert base.config.vocab_size == 336
+    for part, weight in zip((base.get_input_embeddings(), base.get_output_embeddings()), before, strict=True):
+        assert part.weight.shape[0] == 336 and torch.equal(part.weight, weight)

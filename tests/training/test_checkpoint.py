@@ -15,6 +15,8 @@ from finetune.models.adapters import WEIGHTS_NAME
 from finetune.run_dir import RunDir
 from finetune.training.checkpoint import MANIFEST, STATE, damage, newest_checkpoint, prune
 from finetune.training.metrics import read_metrics
+from finetune.training.module import FinetuneModule
+from finetune.training.steps import StepBatch
 from tests.tiny import CONFIGS, SIZES, _config
 from tests.training.conftest import RunTiny
 
@@ -47,9 +49,24 @@ def interrupt_after(run: RunDir, step: int) -> None:
     shutil.rmtree(run.adapter)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])  # 24 rows, 8 a step: an epoch ends at 3
-@pytest.mark.parametrize("workers", [0, 2])
-def test_fm17_fm18_a_resumed_run_ends_in_the_same_bytes(step: int, workers: int, run_tiny: RunTiny) -> None:
+def spy_on_samples(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """Filled by every training step: its number (0-based) and the samples that it trains on, sorted."""
+    seen: list[tuple[int, list[int]]] = []
+    training_step = FinetuneModule.training_step
+
+    def spy(self: FinetuneModule, batch: StepBatch, index: int) -> None:
+        seen.append((self.step, sorted(sample for micro in batch.micro_batches for sample in micro.samples)))
+        training_step(self, batch, index)
+
+    monkeypatch.setattr(FinetuneModule, "training_step", spy)
+    return seen
+
+
+# 20 rows train, 8 a step: one epoch ends within step 3, the next with step 5.
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (3, 0), (5, 0), (3, 2), (5, 2)])
+def test_fm17_fm18_a_resumed_run_ends_in_the_same_bytes(
+    step: int, workers: int, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sections = {
         "training": {"max_steps": 6, "num_workers": workers},
         "adapter": {"dropout": 0.1},
@@ -57,12 +74,15 @@ def test_fm17_fm18_a_resumed_run_ends_in_the_same_bytes(step: int, workers: int,
         "data": {"validation": {"size": 4}, "packing": "isolated"},
         "evaluation": {"every_steps": 2},
     }
-    if workers and step != 3:
-        pytest.skip("one instant is enough for loader processes")
+    seen = spy_on_samples(monkeypatch)
     whole = run_tiny(name="whole", **sections)
+    samples = seen.copy()
+    assert [(done, len(ids)) for done, ids in samples] == [(done, 8) for done in range(6)]
     cut = run_tiny(name="cut", **sections)
     interrupt_after(cut, step)
+    seen.clear()
     run_tiny(name="cut", **sections)
+    assert seen == samples[step:]
     same_ending(whole, cut)
 
 

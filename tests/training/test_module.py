@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.prepare import prepare_data
 from finetune.data.template import load_template
-from finetune.models.adapters import WEIGHTS_NAME
+from finetune.models.adapters import WEIGHTS_NAME, attach_adapter
 from finetune.recipe.load import read_document
 from finetune.recipe.schema import DataSection, SourceSection
 from finetune.training import fitting
 from finetune.training.metrics import read_metrics
 from finetune.training.steps import StepPlan
-from tests.tiny import CONFIGS, SIZES, _config
+from tests.tiny import CONFIGS, SIZES, _config, alpaca_rows, write_jsonl
 from tests.training.conftest import RunTiny
 
 LR = 1e-2
@@ -37,14 +37,14 @@ ONE_STEP = {
 def reference_step(
     model_dir: Path, rows: Path, initial: Path, attention: str = "eager"
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and LoRA gradients of the first 8 samples of the plan: PEFT's own forward, no packing, fp64."""
+    """Loss and LoRA gradients of a step of at most 8 samples: PEFT's own forward, no packing, fp64."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     data = DataSection(sources=[SourceSection(path=str(rows))], max_seq_len=128, num_workers=0)
     dataset = prepare_data(data, tokenizer, load_template(tokenizer, data), seed=0).train
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation=attention)
     model = peft.PeftModel.from_pretrained(base, initial, is_trainable=True, autocast_adapter_dtype=False).double()
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for index in StepPlan(len(dataset), 8, 1, 8, seed=0).samples(0):
+    for index in StepPlan(len(dataset), 8, 1, min(8, len(dataset)), seed=0).samples(0):
         ids, supervised = (torch.from_numpy(array) for array in dataset[int(index)])
         logits = model(input_ids=ids[None].long()).logits[0]
         wanted = supervised[1:].bool()
@@ -111,6 +111,27 @@ def test_fm11_values_of_another_size_than_queries_are_kept_apart_by_a_dense_mask
     check_splits("deepseek_v3", splits, run_tiny, model_dir("deepseek_v3"), rows)
 
 
+def test_fm14_a_remainder_has_the_gradient_of_its_own_tokens(
+    run_tiny: RunTiny, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """5 rows, 8 a step: neither the loss nor a gradient may be a share of 8 samples."""
+    splits: dict[str, dict[str, Any]] = {name: dict(SPLITS[name]) for name in ("3 x 3", "packed")}
+    for split in splits.values():
+        split["training"] = {**split.get("training", {}), "epochs": 1.0, "max_steps": None}
+    check_splits("llama", splits, run_tiny, model_dir("llama"), write_jsonl(tmp_path / "five.jsonl", alpaca_rows(5)))
+
+
+def attach_grown_adapter(*arguments: Any, **options: Any) -> peft.PeftModel:
+    """An adapter as after some steps: while B is zero, A has no gradient."""
+    model = attach_adapter(*arguments, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def check_splits(
     architecture: str,
     splits: dict[str, dict[str, Any]],
@@ -120,9 +141,18 @@ def check_splits(
     attention: str = "eager",
 ) -> None:
     """Loss and gradient of a step are the reference's in every split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.training.module.attach_adapter", attach_grown_adapter)
+        _check_splits(architecture, splits, run_tiny, model, rows, attention)
+
+
+def _check_splits(
+    architecture: str, splits: dict[str, dict[str, Any]], run_tiny: RunTiny, model: Path, rows: Path, attention: str
+) -> None:
     # The gradient is read off AdamW's first moment.
     initial = run_tiny(architecture, "initial", training={**ONE_STEP, "optimizer": {"lr": 1e-30}}).adapter
     want_loss, want = reference_step(model, rows, initial, attention)
+    assert all(grad.any() for grad in want.values())
     for name, split in splits.items():
         sections = {key: dict(value) for key, value in split.items()}
         sections["training"] = {**ONE_STEP, **sections.get("training", {})}
