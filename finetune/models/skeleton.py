@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError, first_line
-from finetune.models.adapters import attach_adapter, build_config
+from finetune.models.adapters import attach_adapter, require_names
 from finetune.models.attention import loadable_attention
 from finetune.models.load import base_dtype, register_attention, use_plain_linears
 from finetune.recipe.schema import LoraSection, ModelSection
@@ -74,8 +74,7 @@ def check_names(config: Any, model: ModelSection, adapter: LoraSection, *, preci
     """
     lists = (adapter.exclude_modules, adapter.modules_to_save, adapter.rank_pattern, adapter.alpha_pattern)
     if adapter.target_modules != "all-linear" or any(lists):
-        base = build_skeleton(config, model, precision=precision)
-        build_config(base, adapter.model_copy(update={"trainable_tokens": []}), None)
+        require_names(build_skeleton(config, model, precision=precision), adapter)
 
 
 def target_counts(adapted: PeftModel) -> dict[str, int]:

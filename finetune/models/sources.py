@@ -11,16 +11,15 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say
-from finetune.errors import FinetuneError, ModelError, first_line
-from finetune.files import cache_dir, locked, new_directory, sha256_file, write_atomic, write_failure
-from finetune.models.progress import library_bars
+from finetune.errors import ModelError, first_line
+from finetune.files import cache_dir, sha256_file, write_atomic
+from finetune.models.gguf_source import convert_gguf, describe_gguf
 from finetune.recipe.schema import ModelSection
 
 PACKAGE_SCHEME = "package://"
@@ -59,7 +58,7 @@ def find_model(model: ModelSection) -> ModelSource:
         ModelError: if it is a local path or package that is absent or holds no model.
         FinetuneError: if the converted file cannot be written.
     """
-    return _find(model, _convert_gguf)
+    return _find(model, convert_gguf)
 
 
 def describe_model(model: ModelSection) -> ModelSource:
@@ -70,7 +69,7 @@ def describe_model(model: ModelSection) -> ModelSource:
     Raises:
         ModelError: if it is a local path or package that is absent or holds no model.
     """
-    return _find(model, _describe_gguf)
+    return _find(model, describe_gguf)
 
 
 def _find(model: ModelSection, read_gguf: Callable[[Path, Path], Path]) -> ModelSource:
@@ -298,105 +297,3 @@ def _converted_folder(path: Path) -> Path:
         raise ModelError(f"model.name: no such file: {path}")
     key = hashlib.sha256(f"{_content_hash(path)} {CONVERSION_VERSION}".encode()).hexdigest()[:16]
     return cache_dir() / "models" / f"{path.stem}-{key}"
-
-
-def _convert_gguf(path: Path, folder: Path) -> Path:
-    """Make the converted copy unless it is there."""
-    if not folder.is_dir():
-        with locked(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                _write_converted(path, folder)
-    return folder
-
-
-def _describe_gguf(path: Path, folder: Path) -> Path:
-    """The converted copy where it is there, else one that lacks its weights, made unless it is there."""
-    described = cache_dir() / "descriptions" / folder.name
-    if folder.is_dir():
-        return folder
-    if not described.is_dir():
-        with locked(described.with_suffix(".lock")):
-            if not described.is_dir():
-                _write_description(path, described)
-    return described
-
-
-@contextmanager
-def _naming_gguf(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(f"model.name: {path} cannot be read as a GGUF model: {error}") from error
-
-
-def _write_converted(path: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    say(f"converting {path.name} to safetensors, once (about 20 s for 135 M parameters)")
-    with _naming_gguf(path), library_bars():
-        tokenizer = load_gguf_tokenizer(path)
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
-    # The loader marks the model as quantized, and save_pretrained refuses such a model; its weights are plain by now.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.to(torch.bfloat16)
-    try:
-        with new_directory(folder) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "source.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256_file(path)}))
-    # safetensors and tokenizers have errors of their own for a write that failed.
-    except Exception as error:
-        raise FinetuneError(
-            f"{folder}: cannot be written: {write_failure(error)}. {path.name} is converted there, once; "
-            "make room, or set FINETUNE_CACHE to another folder"
-        ) from error
-
-
-def _write_description(path: Path, folder: Path) -> None:
-    """`_write_converted` without weights; `config.json` is the same, byte for byte."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    say(f"reading configuration and tokenizer of {path.name}, once")
-    with _naming_gguf(path):
-        tokenizer = load_gguf_tokenizer(path)
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    # What save_pretrained adds to the configuration of a model that it saves.
-    model.config.dtype = torch.bfloat16
-    model.config.architectures = [type(model).__name__]
-    with new_directory(folder) as temporary:
-        model.config.save_pretrained(temporary)
-        model.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-def load_gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF file, which cuts numbers as the file says."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    _split_digits(tokenizer, path)
-    return tokenizer
-
-
-def _split_digits(tokenizer: Any, path: Path) -> None:
-    """Cut numbers into digits where the file's tokenizer does: transformers reads every byte-level one as GPT-2's.
-
-    Source: llama.cpp, src/llama-vocab.cpp, the pre-tokenizers that begin with `\\p{N}`.
-    """
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-
-    kind = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    if kind is None or kind.contents() not in ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"):
-        return
-    rust = tokenizer.backend_tokenizer
-    rust.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )

@@ -18,6 +18,7 @@ from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.footprint import ForwardPass, NoEstimateError
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_pass
+from finetune.models.skeleton import check_names
 from finetune.models.sources import ModelSource, describe_model
 from finetune.recipe.schema import Recipe
 from finetune.training.disk import find_room
@@ -181,6 +182,8 @@ def _check_model(checkup: Checkup) -> Iterator[Finding]:
 
 
 def _check_adapter(checkup: Checkup) -> Iterator[Finding]:
+    recipe = checkup.recipe
+    check_names(checkup.config, recipe.model, recipe.adapter, precision=recipe.training.precision)
     weights = checkup.planner.weights(checkup.recipe)
     targets = checkup.planner.targets(checkup.recipe)
     trained = weights.num_trainable

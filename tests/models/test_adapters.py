@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError
-from finetune.models.adapters import build_config, linear_names
+from finetune.models.adapters import build_config, linear_names, require_names
 from finetune.recipe.schema import LoraSection
 from tests.tiny import CONFIGS
 
@@ -58,14 +58,14 @@ def test_fm26_a_wrong_target_names_the_near_one_and_all(wrong: str, meant: str) 
 )
 def test_fm26_other_names_of_the_adapter_are_looked_for_too(section: dict[str, Any], part: str) -> None:
     with pytest.raises(ModelError) as caught:
-        build_config(on_meta("llama"), LoraSection(**section), None)
+        require_names(on_meta("llama"), LoraSection(**section))
     assert str(caught.value).startswith(part)
     fine = {
         "exclude_modules": ["down_proj"],
         "rank_pattern": {r"layers\.0\..*q_proj": 4},
         "alpha_pattern": {"v_proj": 2},
     }
-    assert build_config(on_meta("llama"), LoraSection(**fine), None).rank_pattern == fine["rank_pattern"]
+    require_names(on_meta("llama"), LoraSection(**fine))
 
 
 def test_fm26_llama_names_on_falcon_list_the_candidates() -> None:

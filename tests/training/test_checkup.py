@@ -14,7 +14,7 @@ from finetune.errors import ModelError
 from finetune.export.gguf_model import write_model
 from finetune.findings import Finding, run_checks
 from finetune.machine import describe_machine
-from finetune.models import sources
+from finetune.models import gguf_source, sources
 from finetune.recipe import preflight
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import ModelSection, Recipe
@@ -173,7 +173,7 @@ def test_a_gguf_base_is_known_by_its_header(
         return [one for one in found if one.topic != "disk"]
 
     with monkeypatch.context() as unread:
-        unread.setattr(sources, "_write_converted", lambda *_: pytest.fail("the weights were read"))
+        unread.setattr(gguf_source, "_write_converted", lambda *_: pytest.fail("the weights were read"))
         by_header = check()
         assert main(["preview", path]) == 0
         new = ["new", "--model", str(gguf), "--data", str(rows), "--hardware", "cpu", "--epochs", "1"]
