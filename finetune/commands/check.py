@@ -32,10 +32,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, print, and say by the exit code whether the run can work."""
-    if arguments.json:
-        from finetune.console import console
+    from finetune.console import console
 
-        console.quiet = True
+    quiet = console.quiet
+    console.quiet = quiet or arguments.json
+    try:
+        return _run(arguments)
+    finally:
+        console.quiet = quiet
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
     except RecipeError as problem:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.cli import main
+from finetune.console import say
 from finetune.errors import ModelError
 from finetune.export.gguf_model import write_model
 from finetune.findings import Finding, run_checks
@@ -189,6 +190,8 @@ def test_a_gguf_base_is_known_by_its_header(
         sources.fingerprint(sources.ModelSource("base.gguf", str(described), None))
     capsys.readouterr()
     assert check() == by_header
+    say("again")
+    assert capsys.readouterr().err == "again\n", "--json is quiet for one call"
 
 
 @pytest.mark.parametrize(("strategy", "settled"), [("auto", "single"), ("fsdp", "fsdp"), ("ddp", "ddp")])

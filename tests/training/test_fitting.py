@@ -173,7 +173,7 @@ def test_auto_recomputes_as_few_layers_as_fit(share: float) -> None:
     need = total(True) + share * (total(False) - total(True))
     settled, why = settle_checkpointing(made, planner, step, ONE_GPU, int(need / USABLE_SHARE) + 1)
     chosen = settled.training.gradient_checkpointing
-    assert chosen != "auto" and total(chosen) <= need + 1 and f"of {planner.num_layers} layers" in why
+    assert chosen != "auto" and total(chosen) <= need + 1 and f"{planner.num_layers} layers" in why
     if chosen is not False:
         fewer = planner.num_layers - 1 if chosen is True else chosen - 1
         assert total(fewer or False) > need, "one layer fewer does not fit"
