@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import first_line
+
+MANIFEST = "manifest.json"
 
 # What `write_atomic` and `new_directory` call their temporary files (tempfile's own eight letters), and directories
 # that were about to replace another.
@@ -98,6 +101,31 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """`content` as a manifest, with its own hash."""
+    return json.dumps({**content, "sha256": _manifest_hash(content)}, indent=2) + "\n"
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """A checkpoint's manifest, whose `files` are as `damage_of` takes them; or nothing of it, and why."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"].items()
+    except FileNotFoundError:
+        return {}, f"it has no {MANIFEST}, so it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, f"its {MANIFEST} cannot be read"
+    if manifest.get("sha256", _manifest_hash(manifest)) != _manifest_hash(manifest):
+        return {}, f"its {MANIFEST} does not match its own hash"
+    return manifest, None
+
+
+def _manifest_hash(content: dict[str, Any]) -> str:
+    """The hash of a manifest's other keys."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def damage_of(folder: Path, files: Mapping[str, Mapping[str, Any]], *, hashes: bool = True) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from finetune.console import warn
 from finetune.data.template import ChatTemplate, load_template
 from finetune.errors import ModelError
-from finetune.files import damage_of
+from finetune.files import MANIFEST, damage_of, read_manifest
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, attach_adapter, load_adapter, token_indices
 from finetune.models.load import fit_vocabulary, load_base, load_tokenizer
 from finetune.models.shared import mapped_source
@@ -26,7 +26,6 @@ from finetune.run_dir import MERGE_RECORD, RunDir
 # What decoding can use; everything else becomes sdpa.
 _DECODING_ATTENTION = ("eager", "sdpa", "flash_attention_2")
 _FINGERPRINTS = "fingerprints.json"
-_MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -109,22 +108,15 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     found = [
         (int(match.group(1)), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _MANIFEST).is_file() and _is_adapter(path)
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / MANIFEST).is_file() and _is_adapter(path)
     ]
     for _, path in sorted(found, reverse=True):
-        damage = _damage(path)
+        manifest, why_not = read_manifest(path)
+        damage = why_not or damage_of(path, manifest["files"])
         if damage is None:
             return path
         warn(f"{path} is damaged and passed over: {damage}")
     return None
-
-
-def _damage(checkpoint: Path) -> str | None:
-    try:
-        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
-        return damage_of(checkpoint, files)
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its manifest.json cannot be read"
 
 
 def load_run_recipe(recipe_path: Path, adapter: Path | None) -> tuple[Recipe, ModelSource]:

@@ -117,11 +117,14 @@ def _top_names(names: Iterable[str]) -> list[str]:
 
 def _require_modules(key: str, wanted: Iterable[str], names: list[str], candidates: list[str]) -> None:
     for target in wanted:
-        if any(_is_named(name, target) for name in names):
-            continue
-        near = difflib.get_close_matches(target, candidates, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ModelError(f"{key}: the model has no module {target}{hint} It has: {', '.join(candidates)}")
+        if not any(_is_named(name, target) for name in names):
+            raise _no_module(key, target, candidates)
+
+
+def _no_module(key: str, target: str, candidates: list[str]) -> ModelError:
+    near = difflib.get_close_matches(target, candidates, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return ModelError(f"{key}: the model has no module {target}{hint} It has: {', '.join(candidates)}")
 
 
 def require_names(base: Any, adapter: LoraSection) -> None:
@@ -145,7 +148,7 @@ def _require_matches(key: str, patterns: Iterable[str], names: list[str], candid
         except re.error as error:
             raise ModelError(f"{key}: {pattern} is no regular expression: {error}") from error
         if not matched:
-            _require_modules(key, [pattern], [], candidates)
+            raise _no_module(key, pattern, candidates)
 
 
 def token_indices(adapter: LoraSection, tokenizer: Any) -> list[int]:

@@ -74,11 +74,9 @@ def describe_model(model: ModelSection) -> ModelSource:
 
 def _find(model: ModelSection, read_gguf: Callable[[Path, Path], Path]) -> ModelSource:
     """`read_gguf` takes a GGUF file and the folder of its converted copy, and gives the one to load from."""
-    path = Path(model.name).expanduser()
-    if model.name.startswith(PACKAGE_SCHEME):
-        path = _package_file(model.name)
-        return ModelSource(model.name, str(read_gguf(path, _converted_folder(path))), None)
-    if path.suffix == ".gguf":
+    is_packaged = model.name.startswith(PACKAGE_SCHEME)
+    path = _package_file(model.name) if is_packaged else Path(model.name).expanduser()
+    if is_packaged or path.suffix == ".gguf":
         return ModelSource(model.name, str(read_gguf(path, _converted_folder(path))), None)
     if path.is_dir():
         if model.gguf_file is None:

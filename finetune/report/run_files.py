@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import BadInputError
-from finetune.files import damage_of
+from finetune.files import MANIFEST, damage_of, read_manifest
 from finetune.recipe.lines import YamlError, parse_yaml
 from finetune.run_dir import RunDir
 
@@ -24,7 +24,6 @@ State = Literal["finished", "measuring", "running", "stopped", "not started"]
 Row = dict[str, float | int | None]
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def open_run(path: Path, *, hashes: bool = True) -> RunFiles:
 def is_run(path: Path) -> bool:
     """Whether a directory looks like a run's, whatever is missing of it."""
     run_dir = RunDir(path)
-    if (path / _MANIFEST).is_file() or (path / "adapter_config.json").is_file():
+    if (path / MANIFEST).is_file() or (path / "adapter_config.json").is_file():
         return False  # a checkpoint or an adapter: they hold a recipe too
     return run_dir.recipe.is_file() or run_dir.metrics.is_file() or run_dir.checkpoints.is_dir()
 
@@ -179,7 +178,7 @@ def read_checkpoints(folder: Path, *, hashes: bool) -> list[StoredCheckpoint]:
 
 
 def _checkpoint(path: Path, step: int, hashes: bool) -> StoredCheckpoint:
-    manifest, damage = _manifest(path)
+    manifest, damage = read_manifest(path)
     progress = manifest.get("progress")
     progress = progress if isinstance(progress, dict) else {}
     validated = progress.get("validated_at") == step
@@ -191,17 +190,6 @@ def _checkpoint(path: Path, step: int, hashes: bool) -> StoredCheckpoint:
         progress.get("validation_loss") if validated else None,
         damage or damage_of(path, manifest.get("files", {}), hashes=hashes),
     )
-
-
-def _manifest(path: Path) -> tuple[dict[str, Any], str | None]:
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        manifest["files"].items()
-    except FileNotFoundError:
-        return {}, "it has no manifest.json, so it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, "its manifest.json cannot be read"
-    return manifest, None
 
 
 def folder_bytes(folder: Path) -> int:

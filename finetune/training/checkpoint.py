@@ -14,7 +14,6 @@ it, is not a checkpoint. The base model is named, never saved.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -30,11 +29,19 @@ from peft import PeftModel
 
 from finetune.console import say, warn
 from finetune.errors import BadInputError, FinetuneError, ModelError
-from finetune.files import damage_of, new_directory, sha256_file, write_atomic, write_failure
+from finetune.files import (
+    MANIFEST,
+    damage_of,
+    manifest_text,
+    new_directory,
+    read_manifest,
+    sha256_file,
+    write_atomic,
+    write_failure,
+)
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_weights
 from finetune.training.snapshot import Snapshot
 
-MANIFEST = "manifest.json"
 STATE = "trainer_state.pt"
 RECIPE = "recipe.yaml"
 FINGERPRINTS = "fingerprints.json"
@@ -120,38 +127,19 @@ def _manifest(folder: Path, step: int, progress: dict[str, Any]) -> str:
         for file in sorted(folder.iterdir())
         if file.name != MANIFEST
     }
-    return _manifest_text({"step": step, "progress": progress, "files": files})
-
-
-def _manifest_text(content: dict[str, Any]) -> str:
-    return json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
-
-
-def _digest(content: dict[str, Any]) -> str:
-    """The hash of a manifest's other keys."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return manifest_text({"step": step, "progress": progress, "files": files})
 
 
 def update_progress(checkpoint: Checkpoint, progress: dict[str, Any]) -> None:
     """Replace the counters of a checkpoint on disk, its manifest being whole at any instant."""
     content = json.loads((checkpoint.path / MANIFEST).read_text())
-    write_atomic(checkpoint.path / MANIFEST, _manifest_text({**content, "progress": progress}))
+    write_atomic(checkpoint.path / MANIFEST, manifest_text({**content, "progress": progress}))
 
 
 def damage(path: Path) -> str | None:
     """Why `path` is not a whole checkpoint; None if it is one."""
-    manifest_path = path / MANIFEST
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        files = manifest["files"]
-    except FileNotFoundError:
-        return "it has no manifest.json, so it was never finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its manifest.json cannot be read"
-    if manifest.get("sha256", _digest(manifest)) != _digest(manifest):
-        return "its manifest.json does not match its own hash"
-    return damage_of(path, files)
+    manifest, why_not = read_manifest(path)
+    return why_not or damage_of(path, manifest["files"])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
