@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -16,6 +17,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 os.environ["WANDB_MODE"] = "offline"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Let full collections, three a run, look at what tests make and not at all that was imported: 0.6 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,11 +120,17 @@ class ForkServer:
         self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, cwd=root)
 
     def start(
-        self, *argv: str, gates: dict[str, Path] | None = None, headroom_bytes: int | None = None, **environment: str
+        self,
+        *argv: str,
+        gates: dict[str, Path] | None = None,
+        headroom_bytes: int | None = None,
+        ranks: int = 1,
+        **environment: str,
     ) -> ForkedRun:
         """Run the command. `gates` holds the run up at "phase:n-th time" until the file exists.
 
         `headroom_bytes` is the address space that a forward and backward pass may take besides what is there before.
+        With several `ranks`, the run's process starts that many with torchrun's variables, and waits for them.
         """
         if self._last is not None and not self._last.has_been_waited_for:
             self._last.send(signal.SIGKILL)  # of a test that failed
@@ -138,6 +145,7 @@ class ForkServer:
             "gates": {place: str(path) for place, path in (gates or {}).items()},
             "environment": environment,
             "headroom": headroom_bytes,
+            "ranks": ranks,
         }
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -187,6 +195,8 @@ def _child(job: dict[str, Any]) -> None:
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["environment"])
+    if job["ranks"] > 1:
+        _become_ranks(job["ranks"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
     try:
@@ -200,6 +210,38 @@ def _child(job: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _become_ranks(count: int) -> None:
+    """Returns in `count` new processes; this one waits for them and ends with the first code that is not 0."""
+    from lightning.fabric.utilities import rank_zero_only as fabric_rank_zero_only
+    from lightning.pytorch.utilities import rank_zero_only
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    common |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_RESTART_COUNT": 0}
+    children = []
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(
+                {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            )
+            for only in (rank_zero_only, fabric_rank_zero_only):
+                only.rank = rank  # what Lightning found at its import, before there were ranks
+            return
+        children.append(pid)
+    codes = [0]
+    while children:
+        pid, status = os.wait()
+        children.remove(pid)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1]:
+            for other in children:
+                os.kill(other, signal.SIGTERM)
+    os._exit(next((code for code in codes if code), 0) & 0xFF)
 
 
 def _mark(marks: Marks, gates: dict[str, str]) -> None:

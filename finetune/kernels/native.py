@@ -103,17 +103,20 @@ def call(name: str, *arguments: Argument) -> None:
     """
     if _traced is not None:
         return
-    getattr(_load()[0], name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
+    function = getattr(_load()[0], name)
+    if function.argtypes is None:  # of the first call: each argument's kind is the same in every one
+        function.argtypes = [*map(_kind, arguments), ctypes.c_int]
+    values = [
+        value.data_ptr() if isinstance(value, torch.Tensor) else ctypes.byref(value()) if callable(value) else value
+        for value in arguments
+    ]
+    function(*values, torch.get_num_threads())
 
 
-def _argument(value: Argument) -> Any:
-    if value is None:
-        return ctypes.c_void_p(None)
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if callable(value):
-        return ctypes.byref(value())
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+def _kind(value: Argument) -> Any:
+    if isinstance(value, float):
+        return ctypes.c_float
+    return ctypes.c_int64 if isinstance(value, int) else ctypes.c_void_p
 
 
 def library() -> ctypes.CDLL | None:

@@ -1,4 +1,8 @@
-"""Several processes give what one gives: real processes, gloo, through the command line."""
+"""Several processes give what one gives: real processes and gloo.
+
+Where the launcher itself is not the matter, processes are forked with torchrun's variables: importing takes each of
+them longer than its run.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from finetune.errors import EXIT_PREEMPTED
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.run_dir import RunDir
 from finetune.training.metrics import read_metrics
+from tests.fork_server import ForkServer
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 from tests.training.test_checkpoint import same_ending
 
@@ -53,13 +58,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return write
 
 
-def launch(recipe: Path, processes: int, *overrides: str, expect: int = 0) -> RunDir:
-    """Run a recipe in several processes, by torchrun."""
-    command = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
-    arguments = [*command, "-m", "finetune", "run", str(recipe), *overrides]
-    done = subprocess.run(arguments, env=ENVIRONMENT, timeout=280, capture_output=True, text=True)
-    assert done.returncode == expect, done.stderr[-3000:]
-    return RunDir(recipe.parent / "runs" / recipe.stem)
+@pytest.fixture(scope="module")
+def launch(server: ForkServer) -> Callable[..., RunDir]:
+    """Runs a recipe in several processes."""
+
+    def run(recipe: Path, processes: int, *overrides: str) -> RunDir:
+        server.run("run", str(recipe), *overrides, ranks=processes)
+        return RunDir(recipe.parent / "runs" / recipe.stem)
+
+    return run
 
 
 def distance(left: RunDir, right: RunDir) -> float:
@@ -85,6 +92,7 @@ CASES = [
 @pytest.mark.parametrize(("strategy", "architecture", "quantization", "processes", "sections"), CASES)
 def test_fm01_fm23_fm24_processes_change_nothing(
     tiny: Callable[..., Path],
+    launch: Callable[..., RunDir],
     strategy: str,
     architecture: str,
     quantization: str,
@@ -101,7 +109,9 @@ def test_fm01_fm23_fm24_processes_change_nothing(
     assert distance(one, several) < tolerance
 
 
-def test_fm18_a_run_goes_on_with_another_number_of_processes(tiny: Callable[..., Path]) -> None:
+def test_fm18_a_run_goes_on_with_another_number_of_processes(
+    tiny: Callable[..., Path], launch: Callable[..., RunDir]
+) -> None:
     """1 process, then 2, then 4: each sample where the uninterrupted run has it, so the losses agree."""
     sections = {"training": {"max_steps": 6, "optimizer": {"lr": 1e-3, "eps": 1.0}}}
     whole = launch(tiny("elastic_whole", "llama", **sections), 1)
@@ -117,7 +127,7 @@ def test_fm18_a_run_goes_on_with_another_number_of_processes(tiny: Callable[...,
     assert distance(whole, run) < 1e-5
 
 
-def test_every_process_ends_with_the_best_weights(tiny: Callable[..., Path]) -> None:
+def test_every_process_ends_with_the_best_weights(tiny: Callable[..., Path], launch: Callable[..., RunDir]) -> None:
     """A learning rate at which validation loss soon rises; the sharded base and the measurement are of all ranks."""
     sections: dict[str, Any] = {
         "training": {"max_steps": 2, "optimizer": {"lr": 1.0}, "schedule": {"name": "constant", "warmup_steps": 0}},
@@ -136,11 +146,13 @@ def test_every_process_ends_with_the_best_weights(tiny: Callable[..., Path]) -> 
 
 
 def test_our_own_launcher_starts_the_other_processes(tiny: Callable[..., Path]) -> None:
-    run = launch(tiny("launcher", "llama"), 1, "distributed.strategy=fsdp", "distributed.devices=2")
-    assert len(losses(run)) == 4
+    recipe = tiny("launcher", "llama")
+    command = [sys.executable, "-m", "finetune", "run", str(recipe), "distributed.strategy=fsdp"]
+    subprocess.run([*command, "distributed.devices=2"], env=ENVIRONMENT, timeout=280, check=True)
+    assert len(losses(RunDir(recipe.parent / "runs" / "launcher"))) == 4
 
 
-def test_two_nodes_are_two_agents(tiny: Callable[..., Path]) -> None:
+def test_two_nodes_are_two_agents(tiny: Callable[..., Path], launch: Callable[..., RunDir]) -> None:
     sections = {"training": {"optimizer": {"lr": 1e-3, "eps": 1.0}}}
     one, recipe = launch(tiny("one_node", "llama", **sections), 1), tiny("nodes", "llama", **sections)
     command = [
@@ -252,7 +264,7 @@ if 'GATE' in os.environ:
 
 
 def test_fm17_fm20_two_sharding_processes_stopped_in_a_validation_end_in_the_same_bytes(
-    tiny: Callable[..., Path], tmp_path: Path
+    tiny: Callable[..., Path], launch: Callable[..., RunDir], tmp_path: Path
 ) -> None:
     """One of the two gets the signal; both leave the validation, and the next run begins with it."""
     sections = {
@@ -261,12 +273,12 @@ def test_fm17_fm20_two_sharding_processes_stopped_in_a_validation_end_in_the_sam
         "data": {"packing": "isolated", "max_tokens": 200, "validation": {"size": 4}},
         "evaluation": {"every_steps": 2},
     }
-    overrides = ("distributed.strategy=fsdp", "distributed.devices=2")
-    whole = launch(tiny("sharded_whole", "llama", **sections), 1, *overrides)
+    sections |= {"distributed": {"accelerator": "cpu", "strategy": "fsdp", "devices": 2}}
+    whole = launch(tiny("sharded_whole", "llama", **sections), 2)
     recipe, gate = tiny("sharded_cut", "llama", **sections), tmp_path / "gate"
     (tmp_path / "sitecustomize.py").write_text(GATED_VALIDATION)
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "GATE": str(gate)}
-    command = [sys.executable, "-m", "finetune", "run", str(recipe), *overrides]
+    command = [sys.executable, "-m", "finetune", "run", str(recipe)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not Path(f"{gate}.reached").exists():
@@ -277,5 +289,5 @@ def test_fm17_fm20_two_sharding_processes_stopped_in_a_validation_end_in_the_sam
     _, error = process.communicate(timeout=100)
     assert process.returncode == EXIT_PREEMPTED, error[-3000:]
     assert "stopped by SIGTERM at step 2 of 4; step 2 is saved" in error
-    run = launch(recipe, 1, *overrides)
+    run = launch(recipe, 2)
     same_ending(whole, run, "step-000004")
