@@ -226,8 +226,11 @@ def _quiet_rng() -> Iterator[None]:
 
 @contextmanager
 def _prompt_collection() -> Iterator[None]:
-    """Collect cycles at once: fake tensors lie in some, and would count until Python happens to look."""
-    thresholds = gc.get_threshold()
+    """Collect cycles at once: fake tensors lie in some, and would count until Python happens to look.
+
+    What imports left frozen (`models.startup`) stays so: each full collection would take half a second again.
+    """
+    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     gc.set_threshold(100, 1, 1)
@@ -235,7 +238,8 @@ def _prompt_collection() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def _expand_when_used(base: Any, quantization: str, *, compute: torch.dtype) -> None:

@@ -29,19 +29,21 @@ from finetune.training.fitting import (
     with_checkpointing,
 )
 from finetune.training.strategy import Placement
-from tests.models.test_memory import llama, recipe
+from tests.models.test_memory import recipe
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "vocab_size": 8192}
 CONFIG = transformers.LlamaConfig(**SIZES, num_attention_heads=16, num_key_value_heads=4)
+PLANNER = Planner(CONFIG)  # for all: what one test had measured, the others need not
+SHORT = {"max_seq_len": 256}
 FOUR_GPUS = Placement("cuda", 4, 1, "ddp")
 
 
 def needed(made: Recipe, strategy: str) -> int:
-    return Planner(CONFIG).estimate(made, Spread(strategy, 4, "cuda")).total
+    return PLANNER.estimate(made, Spread(strategy, 4, "cuda")).total
 
 
 def test_ddp_where_the_whole_model_fits_a_device() -> None:
-    made, planner = recipe(), Planner(CONFIG)
+    made, planner = recipe(data=SHORT, training={"micro_batch_size": 8}), PLANNER
     need = needed(made, "ddp")
     assert choose_strategy(made, planner, FOUR_GPUS, 2 * need)[0] == "ddp"
     strategy, why = choose_strategy(made, planner, FOUR_GPUS, need)  # not within the share that may be used
@@ -51,7 +53,7 @@ def test_ddp_where_the_whole_model_fits_a_device() -> None:
 
 def test_int8_is_never_sharded() -> None:
     made = recipe(model={"quantization": "int8"})
-    assert choose_strategy(made, Planner(CONFIG), FOUR_GPUS, 1)[0] == "ddp"
+    assert choose_strategy(made, PLANNER, FOUR_GPUS, 1)[0] == "ddp"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the machine's GPUs")
@@ -81,8 +83,8 @@ def apply(made: Recipe, override: str) -> Recipe:
 
 
 def test_the_fewest_layers_to_recompute_are_named() -> None:
-    made = recipe(training={"micro_batch_size": 8, "gradient_checkpointing": True})
-    planner, spread, attention = Planner(llama()), Spread("single", 1, "cuda"), "segments"
+    made = recipe(data=SHORT, training={"micro_batch_size": 8, "gradient_checkpointing": True})
+    planner, spread, attention = PLANNER, Spread("single", 1, "cuda"), "segments"
     step, all_layers = largest_pass(planner.config, made, attention), planner.num_layers
 
     def total(count: int) -> int:
@@ -103,7 +105,7 @@ def test_the_fewest_layers_to_recompute_are_named() -> None:
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
 def test_the_cheapest_change_fits_and_is_a_recipe(share: float) -> None:
-    made, planner = recipe(data={"max_seq_len": 256}, training={"micro_batch_size": 8}), Planner(CONFIG)
+    made, planner = recipe(data=SHORT, training={"micro_batch_size": 8}), PLANNER
     start = planner.estimate(made, Spread("single", 1, "cuda"))
     devices = Devices("cuda", int(share * start.total), 1)
     fit = cheapest_fit(planner, made, start.step, "single", devices)
@@ -117,7 +119,7 @@ def test_the_cheapest_change_fits_and_is_a_recipe(share: float) -> None:
 
 
 def test_one_change_is_preferred_and_none_is_said() -> None:
-    made, planner = recipe(training={"micro_batch_size": 8}), Planner(CONFIG)
+    made, planner = recipe(data=SHORT, training={"micro_batch_size": 8}), PLANNER
     start = planner.estimate(made, Spread("ddp", 4, "cuda"))
     devices = Devices("cuda", int(start.total / 0.95) - 10**6, 4)
     fit = cheapest_fit(planner, made, start.step, "ddp", devices)
@@ -126,7 +128,7 @@ def test_one_change_is_preferred_and_none_is_said() -> None:
 
 
 def test_as_few_layers_as_fit_are_recomputed() -> None:
-    made, planner = recipe(training={"micro_batch_size": 1, "optimizer": {"name": "paged_adamw_8bit"}}), Planner(CONFIG)
+    made, planner = recipe(training={"micro_batch_size": 1, "optimizer": {"name": "paged_adamw_8bit"}}), PLANNER
 
     def total(wanted: bool | int) -> int:
         training = made.training.model_copy(update={"gradient_checkpointing": wanted})
@@ -152,7 +154,7 @@ def test_memory_of_a_cpu_is_shared(tmp_path: Path) -> None:
 def test_sharding_is_offered_where_the_recipe_may_have_it(policy: str, offered: bool) -> None:
     state = _State(recipe(training={"on_out_of_memory": policy}), ForwardPass(1, 8, 8), "ddp")
     for change in (_fsdp, _offload):
-        assert bool(list(change(Planner(CONFIG), state, Devices("cuda", 1, 4)))) == offered
+        assert bool(list(change(PLANNER, state, Devices("cuda", 1, 4)))) == offered
 
 
 ONE_GPU = Placement("cuda", 1, 1, "single")
@@ -160,8 +162,8 @@ ONE_GPU = Placement("cuda", 1, 1, "single")
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
 def test_auto_recomputes_as_few_layers_as_fit(share: float) -> None:
-    planner = Planner(CONFIG)
-    made = recipe(data={"max_seq_len": 256}, training={"micro_batch_size": 8, "gradient_checkpointing": "auto"})
+    planner = PLANNER
+    made = recipe(data=SHORT, training={"micro_batch_size": 8, "gradient_checkpointing": "auto"})
     step = largest_pass(CONFIG, made, "segments")
     devices = Devices("cuda", 0, 1)
 
