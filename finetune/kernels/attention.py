@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finetune.kernels import native_attention, varlen
+from finetune.kernels import native_attention, traced, varlen
 from finetune.kernels.layout import Block, RowLayout, attention_blocks, block_mask
 
 NAME = "segments"
@@ -86,7 +86,7 @@ def block_attention(
 ) -> torch.Tensor:
     """Attention [1, H, T, D] where each query sees the union of its blocks (causal ones first)."""
     if query.device.type == "cpu":
-        out: torch.Tensor = _CpuBlockAttention.apply(query, key, value, blocks, scale)
+        out: torch.Tensor = _CpuBlockAttention.apply(query, key, value, _decisive(blocks), scale)
         return out
     return _masked_block_attention(query, key, value, blocks, scale)
 
@@ -151,10 +151,20 @@ class _CpuBlockAttention(torch.autograd.Function):
         scale = ctx.scale if ctx.scale is not None else query.shape[-1] ** -0.5
         delta = (grad_out.float() * out.float()).sum(-1)
         grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        for block in ctx.blocks:
-            for tile in _tiles(block):
-                _tile_backward(query, key, value, grad_out, lse, delta, grads, tile, scale)
+        for tile in _decisive([tile for block in ctx.blocks for tile in _tiles(block)]):
+            _tile_backward(query, key, value, grad_out, lse, delta, grads, tile, scale)
         return (*grads, None, None)
+
+
+def _decisive(blocks: list[Block]) -> list[Block]:
+    """All blocks; in an estimate for a GPU the largest of each kind, since every other takes no more memory.
+
+    On a CPU the others count too: glibc keeps what small ones give back.
+    """
+    if not traced.stands_for("cuda"):
+        return blocks
+    largest = {block.causal: block for block in sorted(blocks, key=Block.num_scores)}
+    return list(largest.values())
 
 
 def _stop(start: int, stop: int, limit: int) -> int:

@@ -10,14 +10,13 @@ Shapes: N supervised tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from finetune.kernels import native
+from finetune.kernels import native, traced
 
 # fp32 logits of one chunk. 32 MB stays near the caches of a CPU and is far below a GPU's other needs.
 CHUNK_BYTES = 32 * 2**20
@@ -30,28 +29,14 @@ CHUNK_STEP = 32
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
-# Within `traced`: the type of the device that tensors without data stand for.
-_traced: str | None = None
-
-
-@contextmanager
-def traced(device_type: str) -> Iterator[None]:
-    """Within this, tensors have no data and stand for those of a device: what is allocated is as there.
-
-    Two pieces of each kind are computed instead of all, since every later one takes the same memory.
-    """
-    global _traced
-    outer, _traced = _traced, device_type
-    try:
-        yield
-    finally:
-        _traced = outer
-
 
 def _starts(count: int, size: int) -> range:
-    """Where pieces of `size` rows begin, `count` rows in all."""
+    """Where pieces of `size` rows begin, `count` rows in all.
+
+    In an estimate two stand for all: every later one takes the same memory.
+    """
     starts = range(0, count, size)
-    return starts if _traced is None else starts[:2]
+    return starts if traced.current() is None else starts[:2]
 
 
 def chunk_tokens(vocab_size: int) -> int:
@@ -158,7 +143,7 @@ def _loss_and_gradient(
     """
     grad = torch.empty_like(logits_nV)
     loss = torch.zeros((), dtype=torch.float32, device=logits_nV.device)
-    whole = (_traced or logits_nV.device.type) == "cuda"
+    whole = logits_nV.is_cuda or traced.stands_for("cuda")
     size = len(logits_nV) if whole else max(1, CACHED_BYTES // (4 * logits_nV.shape[1]))
     for start in _starts(len(logits_nV), size):
         index = targets_n[start : start + size, None]

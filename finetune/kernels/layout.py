@@ -39,6 +39,10 @@ class Block(NamedTuple):
     k_end: int
     causal: bool
 
+    def num_scores(self) -> int:
+        """Queries times keys."""
+        return (self.q_end - self.q_start) * (self.k_end - self.k_start)
+
 
 def attention_blocks(layout: RowLayout, num_tokens: int) -> list[Block]:
     """The blocks that cover a row of `num_tokens`: every query in one causal block, then prefixes in full blocks.

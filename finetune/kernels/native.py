@@ -14,9 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from finetune.files import cache_dir
+from finetune.kernels import traced
 from finetune.machine import KERNEL_SWITCH
 
 SOURCES = Path(__file__).with_name("cpp")
@@ -44,9 +44,6 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 Structure = Callable[[], ctypes.Structure | ctypes.Array[Any]]
 Argument = torch.Tensor | Structure | int | float | None
 
-# Within `traced`: what each kernel keeps from call to call, in bytes.
-_traced: dict[str, int] | None = None
-
 
 class NativeKernelsMissingError(Exception):
     """Why there are no native kernels here, in one line."""
@@ -63,29 +60,16 @@ def in_memory(tensor: torch.Tensor) -> bool:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds its values itself; a tracer's stand-in counts within `traced`."""
-    return _traced is not None or type(tensor) in PLAIN
-
-
-@contextmanager
-def traced() -> Iterator[dict[str, int]]:
-    """Within this, tensors without memory take the kernels' paths, for what those allocate; nothing is computed.
-
-    The value tells which kernel would keep how many bytes from call to call.
-    """
-    global _traced
-    outer, _traced = _traced, {}
-    try:
-        yield _traced
-    finally:
-        _traced = outer
+    """Whether a tensor holds its values itself; in an estimate for a CPU, what stands for it counts."""
+    return type(tensor) in PLAIN or traced.stands_for("cpu")
 
 
 def keeps(kernel: str, *sizes: int) -> None:
-    """Within `traced`, note what a call of these sizes keeps, as the kernel's `<name>_scratch` has it."""
-    if _traced is not None and (scratch := getattr(_load()[0], f"{kernel}_scratch", None)) is not None:
+    """In an estimate, note what a call of these sizes keeps, as the kernel's `<name>_scratch` has it."""
+    trace = traced.current()
+    if trace is not None and (scratch := getattr(_load()[0], f"{kernel}_scratch", None)) is not None:
         scratch.restype = ctypes.c_int64
-        _traced[kernel] = max(_traced.get(kernel, 0), scratch(*map(ctypes.c_int64, sizes)))
+        trace.kept[kernel] = max(trace.kept.get(kernel, 0), scratch(*map(ctypes.c_int64, sizes)))
 
 
 def computes_products() -> bool:
@@ -101,7 +85,7 @@ def call(name: str, *arguments: Argument) -> None:
 
     The caller answers for shapes, strides and dtypes, and keeps the tensors until this returns.
     """
-    if _traced is not None:
+    if traced.current() is not None:
         return
     function = getattr(_load()[0], name)
     if function.argtypes is None:  # of the first call: each argument's kind is the same in every one

@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.errors import FinetuneError, ModelError, first_line
-from finetune.kernels import cross_entropy, native, products
+from finetune.kernels import native, products
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import RowLayout
 from finetune.kernels.lora import FourBit
+from finetune.kernels.traced import traced
 from finetune.models.attention import dense_masks
 from finetune.models.fused import STAND_IN, fuse, is_frozen_forward, run_natively
 from finetune.models.heads import checkpoint_layers, decoder_of, supervised_loss
@@ -182,18 +183,16 @@ def _measure_short(
     autocast: AbstractContextManager[Any] = nullcontext()
     if precision in AUTOCAST:
         autocast = torch.autocast("cpu", dtype=AUTOCAST[precision])
-    # After `fuse`, which computes to tell norms apart.
-    kernels: AbstractContextManager[dict[str, int]] = native.traced() if on_cpu else nullcontext({})
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection(), kernels as scratch:
+    kernels = traced("cpu" if on_cpu else "cuda")  # after `fuse`, which computes to tell norms apart
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet_rng(), _prompt_collection(), kernels as trace:
         adapted.to_empty(device="cpu")
         if model.quantization != "none":
             _expand_when_used(base, model.quantization, compute=AUTOCAST.get(precision, base.dtype))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        with cross_entropy.traced("cpu" if on_cpu else "cuda"):
-            found = _run(base, step, autocast, on_cpu)
-        return replace(found, scratch=float(sum(scratch.values())))
+        found = _run(base, step, autocast, on_cpu)
+        return replace(found, scratch=float(sum(trace.kept.values())))
 
 
 def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any], on_cpu: bool) -> Footprint:

@@ -184,7 +184,7 @@ class ScheduleSection(Section):
 class TrainingSection(Section):
     """How long, how large, how precise."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the data.")
+    epochs: Annotated[float, Field(gt=0, le=100_000)] | None = Field(None, description="Passes over the data.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; with epochs, whichever ends first.")
     global_batch_size: PositiveInt = Field(16, description="Samples per optimizer step, over all devices.")
     micro_batch_size: PositiveInt = Field(4, description="Samples per forward pass; changes speed, not the result.")

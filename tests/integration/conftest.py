@@ -20,9 +20,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[ForkServer]:
-    """Runs of the command in `folder`."""
-    server = ForkServer(folder)
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Runs of the command; what they say and mark is kept in a directory of its own."""
+    server = ForkServer(tmp_path_factory.mktemp("server"))
     yield server
     server.close()

@@ -266,9 +266,12 @@ if 'GATE' in os.environ:
 def test_fm17_fm20_two_sharding_processes_stopped_in_a_validation_end_in_the_same_bytes(
     tiny: Callable[..., Path], launch: Callable[..., RunDir], tmp_path: Path
 ) -> None:
-    """One of the two gets the signal; both leave the validation, and the next run begins with it."""
-    sections = {
-        "training": {"max_steps": 4, "num_workers": 2},
+    """One of the two gets the signal; both leave the validation, and the next run begins with it.
+
+    Only the run that is stopped has loader processes: their start takes each rank longer than all the rest.
+    """
+    sections: dict[str, Any] = {
+        "training": {"max_steps": 4},
         "adapter": {"dropout": 0.1},
         "data": {"packing": "isolated", "max_tokens": 200, "validation": {"size": 4}},
         "evaluation": {"every_steps": 2},
@@ -278,7 +281,7 @@ def test_fm17_fm20_two_sharding_processes_stopped_in_a_validation_end_in_the_sam
     recipe, gate = tiny("sharded_cut", "llama", **sections), tmp_path / "gate"
     (tmp_path / "sitecustomize.py").write_text(GATED_VALIDATION)
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "GATE": str(gate)}
-    command = [sys.executable, "-m", "finetune", "run", str(recipe)]
+    command = [sys.executable, "-m", "finetune", "run", str(recipe), "training.num_workers=2"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not Path(f"{gate}.reached").exists():

@@ -53,7 +53,7 @@ def test_processes_of_a_machine_share_one_copy_of_the_base(tmp_path: Path) -> No
             rows,
             name=name,
             model={"name": str(model), "quantization": quantization},
-            training={"max_steps": 1, "precision": "bf16-mixed"},
+            training={"max_steps": 1, "global_batch_size": 2, "precision": "bf16-mixed"},
             distributed={"accelerator": "cpu", "strategy": "fsdp"},
         )
         recipes.append(str(write_recipe(tmp_path / f"{name}.yaml", recipe)))

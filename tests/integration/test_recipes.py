@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 from finetune.cli import main
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import shipped_recipes
+from tests.fork_server import ForkServer
 from tests.tiny import CHATML, alpaca_rows, chat_rows, write_jsonl, write_model
 
 RECIPES = shipped_recipes()
@@ -74,20 +72,17 @@ def overrides_for(name: str, folder: Path) -> list[str]:
     return overrides
 
 
-def run(recipe: Path, overrides: list[str], *, own_process: bool) -> int:
-    arguments = ["run", str(recipe), *overrides]
-    if not own_process:
-        return main(arguments)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "finetune", *arguments], env=environment, timeout=240).returncode
-
-
 @pytest.mark.parametrize("name", RECIPES)
-def test_fm31_every_recipe_trains_saves_and_continues(name: str, tmp_path: Path) -> None:
+def test_fm31_every_recipe_trains_saves_continues_and_is_merged(name: str, tmp_path: Path, server: ForkServer) -> None:
     overrides = overrides_for(name, tmp_path)
     recipe = load_recipe(RECIPES[name], overrides)
-    several = recipe.distributed.strategy == "fsdp"
-    assert run(RECIPES[name], overrides, own_process=several) == 0
+
+    def run() -> int:
+        if recipe.distributed.strategy == "fsdp":
+            return server.start("run", str(RECIPES[name]), *overrides, ranks=2).wait()
+        return main(["run", str(RECIPES[name]), *overrides])
+
+    assert run() == 0
     folder = tmp_path / "runs" / recipe.name
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-000001", "step-000002"]
@@ -97,8 +92,10 @@ def test_fm31_every_recipe_trains_saves_and_continues(name: str, tmp_path: Path)
 
     shutil.rmtree(folder / "checkpoints" / "step-000002")
     shutil.rmtree(folder / "adapter")
-    assert run(RECIPES[name], overrides, own_process=several) == 0
+    assert run() == 0
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == finished
+    assert main(["merge", str(folder)]) == 0
+    assert list((folder / "merged").glob("*.safetensors"))
 
 
 def test_a_model_that_reads_images_is_trained_on_text_and_exported(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from finetune.kernels.layout import Group, RowLayout, attention_blocks, block_ma
 from finetune.kernels.lora import Projection, _native_takes, lora_linears
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
 from finetune.kernels.products import has_bf16_units
+from finetune.kernels.traced import traced
 from finetune.machine import KERNEL_SWITCH
 
 # Where there is a compiler they must compile.
@@ -346,22 +347,22 @@ def test_a_tensor_without_memory_stays_with_torch() -> None:
         x = torch.empty(1, 32, 64, dtype=torch.bfloat16)
         assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
         assert not native_attention.takes(x[None], x[None], x[None]) and not _native_takes(x, [])
-        with native.traced():
+        with traced("cpu"):
             assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
 
 
 @needs_products
 def test_what_stays_allocated_is_noted_and_bounded() -> None:
-    with FakeTensorMode(), native.traced() as kept:
+    with FakeTensorMode(), traced("cpu") as trace:
         for tokens, dim in ((4096, 8192), (64, 128), (64, 64)):
             x = torch.empty(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
             layers = [Projection(lambda _, w=x[:64]: w, None, torch.empty(8, dim), torch.empty(64, 8), 1.0)]
             lora_linears(x, layers)[0].sum().backward()
             chunked_cross_entropy(x[:64], torch.zeros(64, dtype=torch.int64), lambda h: h, [], 64, x[:64].detach())
     if hasattr(native.library(), "lora_scratch"):  # those for processors without units for bf16
-        assert 2**24 < kept["lora"] <= 2**25 and kept["cross_entropy"] > 4 * 64 * 8192
+        assert 2**24 < trace.kept["lora"] <= 2**25 and trace.kept["cross_entropy"] > 4 * 64 * 8192
     else:
-        assert kept == {}
+        assert trace.kept == {}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 import transformers
 
 from finetune.errors import ModelError
-from finetune.kernels import cross_entropy
-from finetune.kernels.layout import Group
+from finetune.kernels import attention, cross_entropy
+from finetune.kernels.layout import Group, RowLayout, attention_blocks
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.footprint import Footprint, ForwardPass, _measure_short, between, measure_pass
 from finetune.models.heads import checkpoint_layers, decoder_layers
@@ -121,6 +122,19 @@ def test_two_pieces_of_the_loss_stand_for_all(
     assert measured() == found
     monkeypatch.setattr(cross_entropy, "CACHED_BYTES", 32 * 320 * 4)
     assert on_cpu or measured() == found, "a GPU computes a chunk at once"
+
+
+@pytest.mark.parametrize("layout", [(Group(0, (300, 40, 556)),), (Group(64, (100, 200, 532)),)])
+def test_the_largest_block_of_attention_stands_for_all(layout: RowLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> Footprint:
+        arguments = {"precision": "bf16-mixed", "checkpointing": False, "attention_name": "segments", "on_cpu": False}
+        step = ForwardPass(1, 896, 896, layout)
+        return measure_pass(CONFIGS["llama"](), ModelSection(name="x"), LoraSection(rank=RANK), step=step, **arguments)
+
+    found, computed = measured(), len(attention._decisive(attention_blocks(layout, 896)))
+    assert computed == len(attention_blocks(layout, 896)) > 2, "out of an estimate, every block is computed"
+    monkeypatch.setattr(attention, "_decisive", lambda blocks: blocks)
+    assert measured() == replace(found, passing=measured().passing)
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,3 +197,12 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps({"step": step, "progress": progress, "files": {}}))
     prune(tmp_path, keep_last=1, keep_best=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_a_checkpoint_every_so_many_minutes(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute a step by the clock; the last step is saved whatever the clock says."""
+    seen = spy_on_samples(monkeypatch)
+    clock = SimpleNamespace(monotonic=lambda: 60.0 * len(seen))
+    monkeypatch.setattr("finetune.training.checkpoint_writer.time", clock)
+    run = run_tiny(training={"max_steps": 5}, checkpoint={"every_steps": None, "every_minutes": 2, "keep_last": 9})
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000002", "step-000004", "step-000005"]
