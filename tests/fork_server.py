@@ -217,6 +217,8 @@ def _become_ranks(count: int) -> None:
     from lightning.fabric.utilities import rank_zero_only as fabric_rank_zero_only
     from lightning.pytorch.utilities import rank_zero_only
 
+    from finetune import console
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -229,8 +231,11 @@ def _become_ranks(count: int) -> None:
             os.environ.update(
                 {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
             )
+            # What Lightning and our consoles found at their import, before there were ranks.
             for only in (rank_zero_only, fabric_rank_zero_only):
-                only.rank = rank  # what Lightning found at its import, before there were ranks
+                only.rank = rank
+            for screen in (console.console, console.stdout):
+                screen.quiet = rank > 0
             return
         children.append(pid)
     codes = [0]

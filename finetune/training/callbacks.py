@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 
 from finetune.console import Bar, progress_bar, say
 from finetune.data.dataset import TokenDataset
@@ -55,9 +56,7 @@ class NonFiniteStop(L.Callback):
         # Gradients alone that are not finite under a loss scaler are its business: it has left the step out.
         if torch.isfinite(values[:1] if result.overflowed else values).all():
             return
-        losses = [loss.item() for loss in result.micro_losses]
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
-        origins = sorted({self._dataset.origin(s) for i in bad for s in batch.micro_batches[i].samples})
+        origins = self._suspects(batch, [loss.item() for loss in result.micro_losses])
         shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
         raise FinetuneError(
             f"step {batch.step + 1}: the loss is {values[0].item()} and the gradient norm {values[1].item()}.\n"
@@ -65,6 +64,21 @@ class NonFiniteStop(L.Callback):
             "  The last checkpoint is untouched. Lower training.optimizer.lr, look at these rows, "
             "or set training.on_non_finite: skip."
         )
+
+    def _suspects(self, batch: StepBatch, losses: list[float]) -> list[str]:
+        """Origins of the samples whose loss is not finite, of all ranks; of all the step's if there are none.
+
+        Collective: the values that led here are sums over all ranks, so every rank is here at the same step.
+        """
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        asked = bad or range(len(losses))
+        found = bool(bad), [self._dataset.origin(s) for i in asked for s in batch.micro_batches[i].samples]
+        ranks: list[Any] = [found]
+        if dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, found)
+        worst = max(is_bad for is_bad, _ in ranks)
+        return sorted({origin for is_bad, origins in ranks if is_bad == worst for origin in origins})
 
 
 class Meter(L.Callback):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from finetune.errors import EXIT_PREEMPTED
 from finetune.models.adapters import WEIGHTS_NAME
@@ -143,6 +145,26 @@ def test_every_process_ends_with_the_best_weights(tiny: Callable[..., Path], lau
     assert (run.adapter / WEIGHTS_NAME).read_bytes() == saved.read_bytes()
     after = json.loads(run.results.read_text())["after"]["metrics"]["perplexity"]
     assert after == pytest.approx(math.exp(min(scored[best], 80.0)), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_its_row_whichever_process_has_it(
+    tmp_path: Path, server: ForkServer
+) -> None:
+    """The embedding of a token that one row has is not a number; the other process computes none of its samples."""
+    model = write_model(tmp_path / "model", "llama")
+    rows = alpaca_rows(8)
+    rows[2]["output"] = "river " * 40
+    rows[5]["output"] = "Ω " + "river " * 25  # the second longest: of rank 1
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    bad = AutoTokenizer.from_pretrained(model)("Ω", add_special_tokens=False).input_ids
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][bad] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    alone = {"data": {"packing": "none"}, "training": {"micro_batch_size": 1}}
+    path = write_recipe(tmp_path / "r.yaml", tiny_recipe(tmp_path, model, data, **alone))
+    said = server.run("run", str(path), "distributed.strategy=ddp", ranks=2, expect=1)
+    assert "step 1: the loss is nan" in said
+    assert set(re.findall(r"The samples computed: (.*)\.", said)) == {f"{data}:6"}
 
 
 def test_our_own_launcher_starts_the_other_processes(tiny: Callable[..., Path]) -> None:
