@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers.quantizers import AutoHfQuantizer
 
+from finetune.kernels.products import multiply_in_fp32
 from finetune.machine import trim_freed_memory
 from finetune.models.adapters import load_adapter
 from finetune.models.heads import decoder_layers
@@ -231,6 +232,8 @@ def build_streamed(
     """
     if section.trust_remote_code:
         raise NotStreamableError("it runs code of its own")
+    if device.type == "cpu":
+        multiply_in_fp32()
     readers = _all_readers(causal_lm, stored)
     dtypes = _dtypes(causal_lm)
     _quantize_layers(causal_lm, section, precision)

@@ -261,7 +261,7 @@ hub:
         "did you mean model.name?",
         'got "nf5"; accepts one of nf4, fp4, int8, none; did you mean nf4?',
         'got "2.0"; accepts a number above 0; remove the quotes',
-        'got "three"; accepts a number above 0, or null',
+        'got "three"; accepts a number above 0 to 100000, or null',
         'got "yes"; accepts true or false; did you mean true?',
         "got [0.9]; accepts a list of 2 (each item: a number)",
         "got -1; accepts a number above 0",
