@@ -11,9 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finetune.data.batches import row_length
 from finetune.recipe.load import load_recipe
-from finetune.training.steps import Packing, plan_batches, plan_rows
 from finetune.training.train import prepare_job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,24 +39,16 @@ def ratios(folder: Path, path: Path, section: dict[str, Any]) -> tuple[int, floa
         recipe.write_text(json.dumps({**text, "output_dir": str(folder), "distributed": {"accelerator": "cpu"}}))
         job = prepare_job(load_recipe(recipe, []))
         lengths = job.data.train.lengths
-        steps = [job.plan.samples(step).tolist() for step in range(job.plan.num_steps)]
-        real = sum(int(lengths[samples].sum()) for samples in steps)
+        steps = list(job.steps_of(job.data.train, rank=0, world_size=1))
+        real = sum(step.num_real_tokens for step in steps)
         if packing == "none":
-            found.append(sum(_unsorted(samples, lengths) for samples in steps) / real)
-        found.append(sum(_computed(samples, lengths, job.packing) for samples in steps) / real)
+            found.append(sum(_unsorted(job.plan.samples(step.step), lengths) for step in steps) / real)
+        found.append(sum(micro.num_computed_tokens for step in steps for micro in step.micro_batches) / real)
     return len(lengths), real / len(lengths), found
 
 
-def _unsorted(samples: list[int], lengths: Any) -> int:
+def _unsorted(samples: Any, lengths: Any) -> int:
     batches = [samples[start : start + MICRO_BATCH] for start in range(0, len(samples), MICRO_BATCH)]
-    return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-
-
-def _computed(samples: list[int], lengths: Any, packing: Packing) -> int:
-    if packing.packed:
-        (rows,) = plan_rows(samples, lengths, packing, 1)
-        return sum(row_length(row.num_tokens, packing.row_multiple) for row in rows)
-    (batches,) = plan_batches(samples, lengths, packing, 1)
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
 

@@ -133,7 +133,7 @@ class ForkServer:
         With several `ranks`, the run's process starts that many with torchrun's variables, and waits for them.
         """
         if self._last is not None and not self._last.has_been_waited_for:
-            self._last.send(signal.SIGKILL)  # of a test that failed
+            self._last.send(signal.SIGKILL, to_group=True)  # of a test that failed
             self._last.wait()
         self._count += 1
         log, marks = self._folder / f"{self._count}.log", self._folder / f"{self._count}.marks"
