@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from finetune.files import cache_dir
+from finetune.files import cache_dir, locked
 from finetune.kernels import traced
 from finetune.machine import KERNEL_SWITCH
 
@@ -149,11 +149,14 @@ def _built() -> Path:
     # A cache may be shared by machines that differ.
     name.update("\n".join((compiler, *flags, _processor(), torch.__version__)).encode())
     path = cache_dir() / "kernels" / f"{name.hexdigest()[:20]}.so"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            _compile([compiler, *flags], sources, Path(folder) / path.name)
-            os.replace(Path(folder) / path.name, path)
+    if path.is_file():
+        return path
+    # Of several processes one compiles, which takes every core; the others wait for it.
+    with locked(path.with_suffix(".lock")):
+        if not path.is_file():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                _compile([compiler, *flags], sources, Path(folder) / path.name)
+                os.replace(Path(folder) / path.name, path)
     return path
 
 

@@ -7,8 +7,11 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -408,4 +411,21 @@ def test_an_error_of_the_compiler_is_said(
     monkeypatch.setenv("FINETUNE_CACHE", str(folder / "cache"))
     with pytest.raises(native.NativeKernelsMissingError, match=r"could not compile them: .*error"):
         native._built()
-    assert not list((folder / "cache" / "kernels").iterdir())
+    assert [path.suffix for path in (folder / "cache" / "kernels").iterdir()] == [".lock"]
+
+
+def test_of_processes_that_start_together_one_compiles(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_slowly(compiler: list[str], sources: list[Path], path: Path) -> None:
+        compiled.append(path)
+        time.sleep(0.2)
+        path.write_bytes(b"a library")
+
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(native, "_compile", compile_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: native._built(), range(4)))
+    assert len(compiled) == 1 and len(set(built)) == 1 and built[0].read_bytes() == b"a library"
