@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +15,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.files import recover_directory
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.run_dir import RunDir
-from finetune.training.checkpoint import MANIFEST, STATE, damage, newest_checkpoint, prune
+from finetune.training.checkpoint import (
+    MANIFEST,
+    STATE,
+    damage,
+    newest_checkpoint,
+    prune,
+    update_progress,
+    write_checkpoint,
+)
 from finetune.training.metrics import read_metrics
 from finetune.training.module import FinetuneModule
+from finetune.training.snapshot import Snapshot
 from finetune.training.steps import StepBatch
 from tests.tiny import CONFIGS, SIZES, _config
 from tests.training.conftest import RunTiny
 
 EVERY_STEP = {"every_steps": 1, "keep_last": 99}
 FILES = {WEIGHTS_NAME, "adapter_config.json", STATE, "recipe.yaml", "fingerprints.json", MANIFEST}
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
 
 
 def same_ending(left: RunDir, right: RunDir, step: str = "step-000006") -> None:
@@ -206,3 +220,55 @@ def test_a_checkpoint_every_so_many_minutes(run_tiny: RunTiny, monkeypatch: pyte
     monkeypatch.setattr("finetune.training.checkpoint_writer.time", clock)
     run = run_tiny(training={"max_steps": 5}, checkpoint={"every_steps": None, "every_minutes": 2, "keep_last": 9})
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000002", "step-000004", "step-000005"]
+
+
+def small_snapshot(step: int) -> Snapshot:
+    tensors = {"base_model.model.lora_A.weight": torch.full((2, 3), float(step))}
+    moments = {"state": {0: {"exp_avg": torch.full((2, 3), step / 2)}}, "param_groups": []}
+    return Snapshot(step, tensors, moments, {}, {"tokens": 10 * step})
+
+
+def write_and_prune(folder: Path, step: int) -> None:
+    checkpoint = write_checkpoint(folder, small_snapshot(step), "{}", "name: x\n", {})
+    update_progress(checkpoint, {"tokens": 10 * step, "validation_loss": 1.0})
+    prune(folder, keep_last=1, keep_best=0)
+
+
+def killed_at(event: int, folder: Path, step: int) -> bool:
+    """Whether a process that writes a checkpoint was killed at its `event`th touch of the file system, or got by."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(event, -1, -1))
+
+        def die(name: str, _: object) -> None:
+            if name in TOUCHES and next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(die)
+        write_and_prune(folder, step)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_fm19_killed_at_any_touch_of_a_file_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
+    """One kill for each file opened, renamed or removed, the step's damaged checkpoint of before among them."""
+    kills = 0
+    while True:
+        folder = tmp_path / str(kills)
+        write_and_prune(folder, 1)
+        shutil.copytree(folder / "step-000001", folder / "step-000002")
+        (folder / "step-000002" / STATE).write_bytes(b"")
+        killed = killed_at(kills, folder, 2)
+        recover_directory(folder)
+        found = newest_checkpoint(folder)
+        assert found is not None and not [path for path in folder.iterdir() if path.name.startswith(".")]
+        assert load_file(found.path / WEIGHTS_NAME)["base_model.model.lora_A.weight"].unique().item() == found.step
+        assert found.progress["tokens"] == 10 * found.step
+        write_and_prune(folder, 2)
+        assert [path.name for path in folder.iterdir()] == ["step-000002"]
+        if not killed:
+            break
+        kills += 1
+    assert kills > 40 and found.step == 2
