@@ -49,6 +49,8 @@ def _gemma3_images() -> Any:
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _config("LlamaConfig", **SWIGLU),
     "tied_llama": lambda: _config("LlamaConfig", **SWIGLU, tie_word_embeddings=True),
+    # Heads as wide as the native kernels take them.
+    "wide_llama": lambda: _config("LlamaConfig", **{**SWIGLU, "hidden_size": 64, "head_dim": 32}),
     "mistral": lambda: _config("MistralConfig", **SWIGLU, sliding_window=None),
     "qwen3": lambda: _config("Qwen3Config", **SWIGLU),
     "gemma3": lambda: _config("Gemma3TextConfig", **SWIGLU, sliding_window=64, query_pre_attn_scalar=8),

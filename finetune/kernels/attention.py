@@ -44,6 +44,11 @@ def packed_row(layout: RowLayout | None) -> Iterator[None]:
         _layout = outer
 
 
+def row_layout() -> RowLayout:
+    """The layout of the row being computed; empty outside `packed_row`."""
+    return _layout or ()
+
+
 def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -63,10 +68,10 @@ def segment_attention(
     """
     _refuse_what_would_be_wrong(module, attention_mask, dropout, _)
     num_tokens = query.shape[2]
-    layout = _layout or ()
+    layout = row_layout()
     # Rotary embeddings can leave q and k in fp32 beside v in autocast's dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if sliding_window is not None and _longest_sample(layout, num_tokens) > sliding_window:
+    if sliding_window is not None and longest_sample(layout, num_tokens) > sliding_window:
         raise NotImplementedError(
             f"segments attention: a sample is longer than the sliding window of {sliding_window} tokens"
         )
@@ -102,7 +107,8 @@ def _refuse_what_would_be_wrong(
         raise NotImplementedError("segments attention has no logit cap and no attention sinks")
 
 
-def _longest_sample(layout: RowLayout, num_tokens: int) -> int:
+def longest_sample(layout: RowLayout, num_tokens: int) -> int:
+    """Tokens of the row's longest sample, its prefix with it."""
     if not layout:
         return num_tokens
     return max(group.prefix_len + max(group.suffix_lens, default=0) for group in layout)

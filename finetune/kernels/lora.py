@@ -56,10 +56,10 @@ class Projection:
 
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """Each layer's output [..., O] in the compute dtype: autocast's where it is on, else x's."""
-    x = x.to(_compute_dtype(x))  # once: `native_linears` then has nothing to cast
+    x = x.to(compute_dtype(x))  # once: `native_linears` then has nothing to cast
     out = native_linears(x, layers)
     if out is None:
-        out = _LoraLinears.apply(x, layers, *_matrices(layers))
+        out = _LoraLinears.apply(x, layers, *matrices_of(layers))
     return out
 
 
@@ -67,8 +67,8 @@ def native_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch
     """As `lora_linears` by the native kernel; None if that does not compute these."""
     if x.device.type != "cpu":
         return None
-    x, matrices = x.to(_compute_dtype(x)), _matrices(layers)
-    return _NativeLoraLinears.apply(x, layers, *matrices) if _native_takes(x, matrices) else None
+    x, matrices = x.to(compute_dtype(x)), matrices_of(layers)
+    return _NativeLoraLinears.apply(x, layers, *matrices) if native_takes(x, matrices) else None
 
 
 def traced_lora_linear(
@@ -80,19 +80,21 @@ def traced_lora_linear(
     scale: float,
 ) -> torch.Tensor:
     """As `lora_linears` for one layer with a dense weight [O, D], in plain operations, which torch.compile fuses."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     x = x.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         return y + F.linear(F.linear(x, a_RD.to(dtype)), b_OR.to(dtype)) * scale
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _matrices(layers: Sequence[Projection]) -> list[torch.Tensor]:
+def matrices_of(layers: Sequence[Projection]) -> list[torch.Tensor]:
+    """A and B of each layer, in turns."""
     return [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
 
 
@@ -178,7 +180,7 @@ def _frozen(layer: Projection, dtype: torch.dtype) -> _Frozen:
     return _Frozen(None if four_bit is not None else layer.weight(dtype).contiguous(), bias, four_bit)
 
 
-def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
+def native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
     """Whether the native kernel computes these: bf16 on fp32 adapters, tokens and widths multiples of 32."""
     widths = [x.numel() // x.shape[-1], x.shape[-1], *(b.shape[0] for b in matrices[1::2])]
     return (
@@ -192,12 +194,7 @@ def _native_takes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
 class _NativeLoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, layers: Sequence[Projection], *matrices):  # type: ignore[no-untyped-def]
-        tokens, dim, ranks = x.numel() // x.shape[-1], x.shape[-1], sum(_ranks(layers))
-        outputs = tuple(x.new_empty(*x.shape[:-1], layer.b_OR.shape[0]) for layer in layers)
-        xa_TR = x.new_empty(tokens, -(-ranks // native.TILE) * native.TILE)
-        group = partial(_native_layers, layers, [_frozen(layer, x.dtype) for layer in layers], outputs)
-        native.keeps("lora", tokens, dim + ranks)
-        native.call("lora_forward", group, x, xa_TR, len(layers), tokens, dim)
+        outputs, xa_TR = native_forward(x, layers)
         ctx.save_for_backward(x, xa_TR)
         ctx.layers = layers
         return outputs
@@ -205,17 +202,35 @@ class _NativeLoraLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
         x, xa_TR = ctx.saved_tensors
-        layers: Sequence[Projection] = ctx.layers
-        tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         dys = [grad.to(x.dtype).contiguous() for grad in grads]
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        frozen = [_Frozen() if dx is None else _frozen(layer, x.dtype) for layer in layers]
-        # In the order of the arguments: a and b of each layer.
-        d_matrices = [torch.empty_like(matrix) for matrix in _matrices(layers)]
-        group = partial(_native_layers, layers, frozen, dys, d_matrices)
-        native.keeps("lora", tokens, sum(dy.shape[-1] for dy in dys) + sum(_ranks(layers)))
-        native.call("lora_backward", group, x, xa_TR, dx, len(layers), tokens, dim)
+        dx, d_matrices = native_backward(x, xa_TR, ctx.layers, dys, needs_dx=ctx.needs_input_grad[0])
         return dx, None, *d_matrices
+
+
+def native_forward(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Each layer's output of x [..., D], and x Aᵀ of all of them, which the gradient needs."""
+    tokens, dim, ranks = x.numel() // x.shape[-1], x.shape[-1], sum(_ranks(layers))
+    outputs = tuple(x.new_empty(*x.shape[:-1], layer.b_OR.shape[0]) for layer in layers)
+    xa_TR = x.new_empty(tokens, -(-ranks // native.TILE) * native.TILE)
+    group = partial(_native_layers, layers, [_frozen(layer, x.dtype) for layer in layers], outputs)
+    native.keeps("lora", tokens, dim + ranks)
+    native.call("lora_forward", group, x, xa_TR, len(layers), tokens, dim)
+    return outputs, xa_TR
+
+
+def native_backward(
+    x: torch.Tensor, xa_TR: torch.Tensor, layers: Sequence[Projection], dys: Sequence[torch.Tensor], *, needs_dx: bool
+) -> tuple[Any, list[torch.Tensor]]:
+    """The gradient of x, or None if it is not needed, and of each layer's A and B, for its output's dense gradient."""
+    tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
+    dx = torch.empty_like(x) if needs_dx else None
+    frozen = [_Frozen() if dx is None else _frozen(layer, x.dtype) for layer in layers]
+    # In the order of the arguments: a and b of each layer.
+    d_matrices = [torch.empty_like(matrix) for matrix in matrices_of(layers)]
+    group = partial(_native_layers, layers, frozen, dys, d_matrices)
+    native.keeps("lora", tokens, sum(dy.shape[-1] for dy in dys) + sum(_ranks(layers)))
+    native.call("lora_backward", group, x, xa_TR, dx, len(layers), tokens, dim)
+    return dx, d_matrices
 
 
 def _native_layers(

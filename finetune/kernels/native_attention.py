@@ -40,19 +40,22 @@ class _Heads(ctypes.Structure):
 
 
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel computes these: one row in bf16 on a CPU, tokens and the one head size multiples of 32.
+    """Whether the kernel computes these: one row in bf16 on a CPU, heads of one size."""
+    batch, heads, tokens, dim = query.shape
+    one_row = native.in_memory(query) and batch == 1 and dim == value.shape[-1]
+    return one_row and takes_sizes(tokens, heads, key.shape[1], dim)
+
+
+def takes_sizes(tokens: int, heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether the kernel computes these sizes: tokens and the heads' size multiples of 32.
 
     Heads of more than 256 are left to torch: the kernel's blocks are sized for less.
     """
-    batch, heads, tokens, dim = query.shape
     return (
-        native.in_memory(query)
-        and batch == 1
-        and tokens % native.TILE == 0
-        and dim == value.shape[-1]
+        tokens % native.TILE == 0
         and dim % native.TILE == 0
         and dim <= MAX_HEAD_SIZE
-        and heads % key.shape[1] == 0
+        and heads % kv_heads == 0
         and native.computes_products()
     )
 
@@ -96,13 +99,8 @@ def _overlap(start: torch.Tensor, end: torch.Tensor, edge: torch.Tensor) -> torc
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, value, layout: RowLayout, scale: float):  # type: ignore[no-untyped-def]
-        _, heads, tokens, dim = query.shape
         query, key, value = (_dense_heads(tensor) for tensor in (query, key, value))
-        out = query.new_empty(1, tokens, heads, dim).transpose(1, 2)
-        lse = torch.empty(heads, tokens)
-        packed = query.new_empty(key.numel())
-        row = partial(_row, query, key, layout, scale)
-        native.call("attention_forward", row, *map(_heads, (query, key, value)), out, lse, packed)
+        out, lse = native_forward(query, key, value, layout, scale)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -111,14 +109,41 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out):  # type: ignore[no-untyped-def]
         query, key, value, out, lse = ctx.saved_tensors
         grad_out = _dense_heads(grad_out.to(query.dtype))
-        grads = [
-            tensor.new_empty(1, tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
-            for tensor in (query, key, value)
-        ]
-        heads_of = map(_heads, (query, key, value, out, grad_out))
-        row = partial(_row, query, key, ctx.layout, ctx.scale)
-        native.call("attention_backward", row, *heads_of, lse, *grads)
-        return (*grads, None, None)
+        return *native_backward(grad_out, query, key, value, out, lse, ctx.layout, ctx.scale), None, None
+
+
+def native_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [1, H, T, D], as [1, T, H, D] in memory, and the log-sum-exp [H, T] of each query's scores."""
+    _, heads, tokens, dim = query.shape
+    out = query.new_empty(1, tokens, heads, dim).transpose(1, 2)
+    lse = torch.empty(heads, tokens)
+    packed = query.new_empty(key.numel())
+    row = partial(_row, query, key, layout, scale)
+    native.call("attention_forward", row, *map(_heads, (query, key, value)), out, lse, packed)
+    return out, lse
+
+
+def native_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: RowLayout,
+    scale: float,
+) -> list[torch.Tensor]:
+    """The gradients of query, key and value, as [1, T, H, D] in memory."""
+    grads = [
+        tensor.new_empty(1, tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
+        for tensor in (query, key, value)
+    ]
+    heads_of = map(_heads, (query, key, value, out, grad_out))
+    row = partial(_row, query, key, layout, scale)
+    native.call("attention_backward", row, *heads_of, lse, *grads)
+    return grads
 
 
 def _row(query: torch.Tensor, key: torch.Tensor, layout: RowLayout, scale: float) -> _Row:

@@ -28,8 +28,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x, weight, eps: float):  # type: ignore[no-untyped-def]
         ctx.native = native.takes(x, weight)
         if ctx.native:
-            y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-            native.call("rms_norm_forward", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps)
+            y, rstd = native_rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, rstd)
             return y
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_at_least_fp32(x))
@@ -41,15 +40,29 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, weight, rstd = ctx.saved_tensors
         if ctx.native:
-            dx = torch.empty_like(x)
-            native.call(
-                "rms_norm_backward", dy.to(x.dtype).contiguous(), x, weight, rstd, dx, rstd.numel(), x.shape[-1]
-            )
-            return dx, None, None
+            return native_rms_norm_backward(dy.to(x.dtype).contiguous(), x, weight, rstd), None, None
         scaled = (dy * weight).to(_at_least_fp32(x))
         normal = x * rstd
         mean = (scaled * normal).mean(-1, keepdim=True)
         return scaled.addcmul_(normal, mean, value=-1).mul_(rstd).to(x.dtype), None, None
+
+
+def native_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, added: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x, or of x + `added`, which then takes the sum; and 1 / sqrt(mean(x²) + eps), for the gradient."""
+    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    native.call("rms_norm_forward", x, added, weight, added, y, rstd, rstd.numel(), x.shape[-1], eps)
+    return y, rstd
+
+
+def native_rms_norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, added: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of the norm's input, plus `added`, the gradient that passes the norm by."""
+    dx = torch.empty_like(x)
+    native.call("rms_norm_backward", dy, x, added, weight, rstd, dx, rstd.numel(), x.shape[-1])
+    return dx
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.dtype:
@@ -68,20 +81,32 @@ class _SiluMul(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.native = native.takes(gate, up)
         if ctx.native:
-            y = torch.empty_like(gate)
-            native.call("silu_mul_forward", gate, up, y, y.numel())
-            return y
+            return native_silu_mul(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         if ctx.native:
-            d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-            native.call("silu_mul_backward", dy.to(gate.dtype).contiguous(), gate, up, d_gate, d_up, gate.numel())
-            return d_gate, d_up
+            return native_silu_mul_backward(dy.to(gate.dtype).contiguous(), gate, up)
         d_up = F.silu(gate).mul_(dy)
         return torch.ops.aten.silu_backward(dy * up, gate), d_up
+
+
+def native_silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    y = torch.empty_like(gate)
+    native.call("silu_mul_forward", gate, up, y, y.numel())
+    return y
+
+
+def native_silu_mul_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    native.call("silu_mul_backward", dy, gate, up, d_gate, d_up, gate.numel())
+    return d_gate, d_up
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -103,17 +128,18 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, backward=0)
+        return native_rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
         dy = dy.to(cos.dtype)
-        return _rotated(dy if dy.stride(-1) == 1 else dy.contiguous(), cos, sin, backward=1), None, None
+        return native_rotate(dy if dy.stride(-1) == 1 else dy.contiguous(), cos, sin, backward=True), None, None
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: int) -> torch.Tensor:
+def native_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False) -> torch.Tensor:
+    """`rotate`'s result, or the gradient of x for that of the result; [1, H, T, D], as [1, T, H, D] in memory."""
     _, heads, tokens, dim = x.shape
     y = x.new_empty(1, tokens, heads, dim)
-    native.call("rotate", x, cos, sin, y, tokens, heads, dim, x.stride(2), x.stride(1), backward)
+    native.call("rotate", x, cos, sin, y, tokens, heads, dim, x.stride(2), x.stride(1), int(backward))
     return y.transpose(1, 2)

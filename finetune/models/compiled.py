@@ -18,8 +18,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from finetune.kernels import attention
-from finetune.models.fused import Fused, can_fuse, lora_forward, traced_lora_forward
+from finetune.models.fused import Fused, lora_forward, traced_lora_forward
 from finetune.models.heads import decoder_layers
+from finetune.models.projections import can_fuse
 
 
 def make_traceable(model: PeftModel) -> Fused:

@@ -29,8 +29,9 @@ from finetune.kernels.layout import RowLayout
 from finetune.kernels.lora import FourBit
 from finetune.kernels.traced import traced
 from finetune.models.attention import dense_masks
-from finetune.models.fused import STAND_IN, fuse, is_frozen_forward, run_natively
+from finetune.models.fused import fuse, is_frozen_forward, run_natively
 from finetune.models.heads import checkpoint_layers, decoder_of, supervised_loss
+from finetune.models.projections import STAND_IN
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
 from finetune.recipe.schema import QUANTIZED_4BIT, LoraSection, ModelSection
 

@@ -18,18 +18,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from finetune.kernels.lora import FourBit, Projection, lora_linears, native_linears, traced_lora_linear
-from finetune.kernels.native import is_plain
+from finetune.kernels.lora import lora_linears, native_linears, traced_lora_linear
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
+from finetune.models.fused_layers import layer_forward, norm_of, run_whole
 from finetune.models.heads import decoder_layers
-
-ADAPTER = "default"
-
-# Where a layer without memory keeps a `FourBit` of its own: the memory estimate's, for weights that it only measures.
-STAND_IN = "four_bit_stand_in"
-
-# Classes whose forward is x Wᵀ + b and nothing else.
-PLAIN_LINEAR = ("Linear", "FalconLinear", "NonDynamicallyQuantizableLinear")
+from finetune.models.projections import ADAPTER, can_fuse, is_active, is_fusable_lora, is_plain_linear, projection
 
 # Projections of one module that are applied to the same input, in the order in which it calls them.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -44,6 +37,7 @@ class Fused:
     norms: int = 0
     mlps: int = 0
     rotations: int = 0
+    layers: int = 0
     frozen: int = 0
 
 
@@ -52,11 +46,12 @@ def fuse(model: PeftModel) -> Fused:
     count = Fused()
     grouped: set[torch.nn.Module] = set()
     frozen = set(_frozen_linears(model))
+    fused: set[torch.nn.Module] = set(frozen)
     shares_kv = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
     for module in model.modules():
         for names in GROUPS:
             layers = [getattr(module, name, None) for name in names]
-            fits = not shares_kv and all(layer in frozen or _is_fusable_lora(layer) for layer in layers)
+            fits = not shares_kv and all(layer in frozen or is_fusable_lora(layer) for layer in layers)
             if fits and any(isinstance(layer, LoraLayer) for layer in layers):
                 _group(layers)
                 grouped.update(layers)  # type: ignore[arg-type]
@@ -80,6 +75,11 @@ def fuse(model: PeftModel) -> Fused:
         elif (rotating := _with_rotation(type(module).forward)) is not None:
             module.forward = MethodType(rotating, module)
             count.rotations += 1
+        else:
+            continue
+        fused.add(module)
+    if not shares_kv:
+        count.layers = run_whole(decoder_layers(model), fused)
     return count
 
 
@@ -87,28 +87,9 @@ def unfuse(model: PeftModel) -> None:
     """Give every module the forward of its class again: what `fuse` is compared with."""
     for module in model.modules():
         replaced = inspect.unwrap(getattr(vars(module).get("forward"), "__func__", None))  # type: ignore[arg-type]
-        ours = (lora_forward, _frozen_forward, _grouped_forward, _norm_forward, _swiglu_forward, traced_lora_forward)
-        if getattr(replaced, "func", replaced) in ours or _rotation_of(replaced) is _rotation:
+        ours = (lora_forward, traced_lora_forward, _frozen_forward, _grouped_forward, _norm_forward, _swiglu_forward)
+        if getattr(replaced, "func", replaced) in (*ours, layer_forward) or _rotation_of(replaced) is _rotation:
             del module.forward
-
-
-def can_fuse(layer: Any) -> bool:
-    """Whether a PEFT layer is plain LoRA without dropout on a dense or 4-bit linear layer."""
-    return (
-        _is_plain_linear(layer.get_base_layer())
-        and list(layer.lora_A) == [ADAPTER]
-        and not layer.lora_variant
-        and not layer.lora_bias[ADAPTER]
-        and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
-    )
-
-
-def _is_fusable_lora(layer: Any) -> bool:
-    return isinstance(layer, LoraLayer) and can_fuse(layer)
-
-
-def _is_plain_linear(base: Any) -> bool:
-    return isinstance(base, torch.nn.Linear) and (type(base).__name__ in PLAIN_LINEAR or _is_4bit(base))
 
 
 def _frozen_linears(model: PeftModel) -> Iterator[torch.nn.Module]:
@@ -117,87 +98,13 @@ def _frozen_linears(model: PeftModel) -> Iterator[torch.nn.Module]:
     for layer in decoder_layers(model):
         for module in layer.modules():
             frozen = not any(parameter.requires_grad for parameter in module.parameters())
-            if frozen and module not in bases and _is_plain_linear(module):
+            if frozen and module not in bases and is_plain_linear(module):
                 yield module
-
-
-def _is_4bit(base: torch.nn.Module) -> bool:
-    return isinstance(base, _linear_4bit())
-
-
-@cache
-def _linear_4bit() -> type:
-    from bitsandbytes.nn import Linear4bit
-
-    found: type = Linear4bit
-    return found
-
-
-def _is_plain(layer: Any) -> bool:
-    if not isinstance(layer, LoraLayer):
-        return True
-    return not layer.disable_adapters and not layer.merged and ADAPTER in layer.active_adapters
-
-
-def projection(layer: Any) -> Projection:
-    """What the kernels need of a PEFT LoRA layer, or of a linear layer without an adapter."""
-    has_adapter = isinstance(layer, LoraLayer)
-    base: Any = layer.base_layer if has_adapter else layer
-    expand: Callable[[torch.dtype], torch.Tensor] = partial(expand_4bit if _is_4bit(base) else _dense, base)
-    if has_adapter:
-        a, b, scale = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
-    else:
-        device = base.weight.device
-        a, b = torch.empty(0, base.in_features, device=device), torch.empty(base.out_features, 0, device=device)
-        scale = 1.0
-    return Projection(expand, base.bias, a, b, scale, partial(_stored_4bit, base))
-
-
-def _stored_4bit(base: Any) -> FourBit | None:
-    """A bitsandbytes layer's weight for the native kernels; None where they would read it otherwise than it is."""
-    found: FourBit | None = vars(base).get(STAND_IN)  # a module's hasattr costs ten times as much
-    if found is not None:
-        return found
-    if not _is_4bit(base):
-        return None
-    _attach_quant_state(base)
-    state, data = base.weight.quant_state, base.weight.data
-    if not is_plain(data) or not data.is_contiguous() or data.device.type != "cpu":
-        return None
-    rounds_alike = state.dtype in (torch.bfloat16, torch.float32)
-    nested = state.state2 if state.nested else None
-    blocks = (state.blocksize, 32 if nested is None else nested.blocksize)
-    if not rounds_alike or any(block % 32 or block & (block - 1) for block in blocks) or state.shape[1] % 32:
-        return None
-    codes = data.view(torch.uint8)
-    if nested is None:
-        return FourBit(codes, state.code, state.absmax, block=state.blocksize)
-    maxima = (state.absmax, nested.code, nested.absmax, state.offset)
-    return FourBit(codes, state.code, None, *maxima, state.blocksize, nested.blocksize)
-
-
-def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    weight: torch.Tensor = base.weight.to(dtype)
-    return weight
-
-
-def expand_4bit(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [O, D] that a bitsandbytes 4-bit layer stands for."""
-    from finetune.models.four_bit import dequantize_4bit
-
-    _attach_quant_state(base)
-    return dequantize_4bit(base.weight.data.view(-1, 1), base.weight.quant_state).to(dtype)
-
-
-def _attach_quant_state(base: Any) -> None:
-    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
-
-    fix_4bit_weight_quant_state_from_module(base)
 
 
 def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A LoRA layer's forward as one node, or PEFT's own where that is not the same."""
-    if args or kwargs or not isinstance(layer, LoraLayer) or not _is_plain(layer):
+    if args or kwargs or not isinstance(layer, LoraLayer) or not is_active(layer):
         out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return out
     return lora_linears(x, [projection(layer)])[0]
@@ -205,7 +112,7 @@ def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
 
 def traced_lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A dense LoRA layer's forward for torch.compile, which compares by identity what is made for one layer alone."""
-    if args or kwargs or not _is_plain(layer):
+    if args or kwargs or not is_active(layer):
         out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return out
     base, a, b = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
@@ -244,7 +151,7 @@ def _group(layers: list[Any]) -> None:
 def _grouped_forward(
     layer: Any, x: torch.Tensor, *args: Any, layers: list[Any], index: int, pending: _Pending, **kwargs: Any
 ) -> torch.Tensor:
-    if index == 0 and not args and not kwargs and all(_is_plain(other) for other in layers):
+    if index == 0 and not args and not kwargs and all(is_active(other) for other in layers):
         outputs = lora_linears(x, [projection(other) for other in layers])
         pending.x, pending.outputs = x, dict(enumerate(outputs))
         return pending.outputs.pop(0)
@@ -269,16 +176,11 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
         module.weight = torch.nn.Parameter(weight, requires_grad=False)
     x = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
     with torch.no_grad():
-        return torch.allclose(module(x), rms_norm(x, weight, _eps(module)), rtol=1e-2, atol=1e-3)
-
-
-def _eps(module: Any) -> float:
-    eps: float = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 1e-6
-    return eps
+        return torch.allclose(module(x), rms_norm(x, *norm_of(module)), rtol=1e-2, atol=1e-3)
 
 
 def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, module.weight, _eps(module))
+    return rms_norm(x, *norm_of(module))
 
 
 def _is_swiglu(module: Any) -> bool:

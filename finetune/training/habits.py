@@ -84,7 +84,7 @@ def _no_synchronization(run: Planned) -> tuple[bool, str]:
 
 
 def _unfused(recipe: Recipe) -> str | None:
-    """What leaves the adapter's layers to PEFT's own forward, by the rules of `models.fused.can_fuse`; None if not."""
+    """What leaves the adapter's layers to PEFT's own forward, by `models.projections.can_fuse`'s rules; or None."""
     adapter = recipe.adapter
     causes = {
         "adapter.dropout": adapter.dropout > 0,

@@ -83,11 +83,17 @@ def losses(run: RunDir) -> list[float]:
     return [float(row["loss"] or 0.0) for row in read_metrics(run.metrics)]
 
 
+# Rows long enough for the native kernels, which run a layer as one function.
+BF16_ROWS = {
+    "data": {"packing": "isolated", "max_tokens": 512},
+    "training": {"precision": "bf16-mixed", "global_batch_size": 24},
+}
 CASES = [
     ("ddp", "llama", "none", 2, {}),
     ("fsdp", "llama", "nf4", 2, {"training": {"gradient_checkpointing": True}}),
     ("fsdp", "falcon", "none", 2, {"data": {"packing": "isolated", "max_tokens": 200}}),
     ("fsdp", "llama", "none", 4, {"adapter": {"modules_to_save": ["lm_head"]}}),
+    ("fsdp", "wide_llama", "none", 2, BF16_ROWS),
 ]
 
 
@@ -102,11 +108,12 @@ def test_fm01_fm23_fm24_processes_change_nothing(
     sections: dict[str, Any],
 ) -> None:
     # SGD-like steps: with Adam a gradient near zero may turn its sign by rounding and the step with it.
+    rounds = quantization != "none" or sections is BF16_ROWS
     sections = {**sections, "training": {"optimizer": {"lr": 1e-3, "eps": 1.0}, **sections.get("training", {})}}
     one = launch(tiny(f"one_{strategy}_{architecture}_{processes}", architecture, quantization, **sections), 1)
     recipe = tiny(f"several_{strategy}_{architecture}_{processes}", architecture, quantization, **sections)
     several = launch(recipe, processes, f"distributed.strategy={strategy}")
-    tolerance = 1e-5 if quantization == "none" else 1e-2
+    tolerance = 1e-2 if rounds else 1e-5
     assert losses(several) == pytest.approx(losses(one), rel=tolerance)
     assert distance(one, several) < tolerance
 

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from finetune.kernels import native, native_attention
 from finetune.kernels.cross_entropy import chunked_cross_entropy
 from finetune.kernels.layout import Group, RowLayout, attention_blocks, block_mask
-from finetune.kernels.lora import Projection, _native_takes, lora_linears
+from finetune.kernels.lora import Projection, lora_linears, native_takes
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
 from finetune.kernels.products import has_bf16_units
 from finetune.kernels.traced import traced
@@ -153,7 +153,7 @@ def test_lora(ranks: tuple[int, ...], first_layer: bool) -> None:
     x, layers, weights = lora_group(ranks)
     x.requires_grad_(not first_layer)
     matrices = [matrix for layer in layers for matrix in (layer.a_RD, layer.b_OR)]
-    assert _native_takes(x, matrices)
+    assert native_takes(x, matrices)
     wanted = matrices if first_layer else [x, *matrices]
     exact = [tensor.detach().double().requires_grad_() for tensor in wanted]
     x_64, pairs = (x.double(), exact) if first_layer else (exact[0], exact[1:])
@@ -349,7 +349,7 @@ def test_a_tensor_without_memory_stays_with_torch() -> None:
     with FakeTensorMode():
         x = torch.empty(1, 32, 64, dtype=torch.bfloat16)
         assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
-        assert not native_attention.takes(x[None], x[None], x[None]) and not _native_takes(x, [])
+        assert not native_attention.takes(x[None], x[None], x[None]) and not native_takes(x, [])
         with traced("cpu"):
             assert silu_mul(x, x).shape == rms_norm(x, x[0, 0], 1e-5).shape == x.shape
 

@@ -15,8 +15,9 @@ from finetune.kernels.attention import NAME, packed_row
 from finetune.kernels.layout import Group, position_ids
 from finetune.kernels.lora import Projection, lora_linears
 from finetune.models.adapters import attach_adapter, trainable_parameters
-from finetune.models.fused import _stored_4bit, _with_rotation, expand_4bit, fuse
+from finetune.models.fused import _with_rotation, fuse
 from finetune.models.load import register_attention
+from finetune.models.projections import _stored_4bit, expand_4bit
 from finetune.recipe.schema import LoraSection
 from tests.tiny import CONFIGS
 

@@ -25,25 +25,41 @@ template <class Values> static inline void store_lines(bf16* out, index_t count,
 }
 #endif
 
+// out = bf16(a + b); out may be one of them.
+static inline void add_row(const bf16* a, const bf16* b, bf16* out, index_t count) {
+    index_t lines = 0;
+#ifdef VECTORS
+    lines = count / LINE * LINE;
+    store_lines(out, lines, [&](index_t i) { return load_bf16(a + i) + load_bf16(b + i); });
+#endif
+#pragma omp simd
+    for (index_t i = lines; i < count; ++i) out[i] = to_bf16(to_float(a[i]) + to_float(b[i]));
+}
+
 extern "C" {
 
-// y = bf16(x * rstd) * weight, rstd = 1 / sqrt(mean(x^2) + eps) kept for the backward pass.
-void rms_norm_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, index_t rows, index_t dim, float eps,
-                      int threads) {
+// y = bf16(h * rstd) * weight, rstd = 1 / sqrt(mean(h^2) + eps) kept for the backward pass. h is x or, where there is
+// something to add, bf16(x + added), which is written to sum: that may be where `added` is.
+void rms_norm_forward(const bf16* x, const bf16* added, const bf16* weight, bf16* sum, bf16* y, float* rstd,
+                      index_t rows, index_t dim, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t row = 0; row < rows; ++row) {
         const bf16* in = x + row * dim;
+        if (added) {
+            add_row(in, added + row * dim, sum + row * dim, dim);
+            in = sum + row * dim;
+        }
         bf16* out = y + row * dim;
-        float sum = 0.0f;
+        float squares = 0.0f;
         index_t lines = 0;
 #ifdef VECTORS
         lines = dim / LINE * LINE;
         auto values = [&](index_t i) { return load_bf16(in + i); };
-        sum = dot_lines(lines, values, values);
+        squares = dot_lines(lines, values, values);
 #endif
-#pragma omp simd reduction(+ : sum)
-        for (index_t i = lines; i < dim; ++i) sum += to_float(in[i]) * to_float(in[i]);
-        float scale = 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
+#pragma omp simd reduction(+ : squares)
+        for (index_t i = lines; i < dim; ++i) squares += to_float(in[i]) * to_float(in[i]);
+        float scale = 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps);
         rstd[row] = scale;
 #ifdef VECTORS
         store_lines(out, lines, [&](index_t i) {
@@ -56,11 +72,12 @@ void rms_norm_forward(const bf16* x, const bf16* weight, bf16* y, float* rstd, i
     }
 }
 
-void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* weight, const float* rstd, bf16* dx, index_t rows,
-                       index_t dim, int threads) {
+// dx, to which `added` is added if it is there: the gradient that passes the norm by.
+void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* added, const bf16* weight, const float* rstd,
+                       bf16* dx, index_t rows, index_t dim, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (index_t row = 0; row < rows; ++row) {
-        const bf16 *grad = dy + row * dim, *in = x + row * dim;
+        const bf16 *grad = dy + row * dim, *in = x + row * dim, *past = added ? added + row * dim : nullptr;
         bf16* out = dx + row * dim;
         float scale = rstd[row], dot = 0.0f;
         index_t lines = 0;
@@ -74,13 +91,17 @@ void rms_norm_backward(const bf16* dy, const bf16* x, const bf16* weight, const 
         for (index_t i = lines; i < dim; ++i) dot += to_float(grad[i]) * to_float(weight[i]) * to_float(in[i]);
         float mean = dot * scale * scale / static_cast<float>(dim);
 #ifdef VECTORS
-        store_lines(out, lines, [&](index_t i) {
-            return all(scale) * subtract_product(values(i), all(mean), scaled(i));
-        });
+        auto through = [&](index_t i) { return all(scale) * subtract_product(values(i), all(mean), scaled(i)); };
+        if (past)
+            store_lines(out, lines, [&](index_t i) { return load_bf16(past + i) + through(i); });
+        else
+            store_lines(out, lines, through);
 #endif
 #pragma omp simd
-        for (index_t i = lines; i < dim; ++i)
-            out[i] = to_bf16(scale * (to_float(grad[i]) * to_float(weight[i]) - to_float(in[i]) * mean));
+        for (index_t i = lines; i < dim; ++i) {
+            float through = scale * (to_float(grad[i]) * to_float(weight[i]) - to_float(in[i]) * mean);
+            out[i] = to_bf16(past ? to_float(past[i]) + through : through);
+        }
     }
 }
 
