@@ -130,7 +130,8 @@ class ForkServer:
         """Run the command. `gates` holds the run up at "phase:n-th time" until the file exists.
 
         `headroom_bytes` is the address space that a forward and backward pass may take besides what is there before.
-        With several `ranks`, the run's process starts that many with torchrun's variables, and waits for them.
+        With several `ranks`, the run's process starts that many with torchrun's variables, and waits for them; "{rank}"
+        in the `environment` is each one's own.
         """
         if self._last is not None and not self._last.has_been_waited_for:
             self._last.send(signal.SIGKILL, to_group=True)  # of a test that failed
@@ -196,7 +197,7 @@ def _child(job: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["environment"])
     if job["ranks"] > 1:
-        _become_ranks(job["ranks"])
+        _become_ranks(job["ranks"], job["environment"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
     try:
@@ -212,7 +213,7 @@ def _child(job: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def _become_ranks(count: int) -> None:
+def _become_ranks(count: int, own: dict[str, str]) -> None:
     """Returns in `count` new processes; this one waits for them and ends with the first code that is not 0."""
     from lightning.fabric.utilities import rank_zero_only as fabric_rank_zero_only
     from lightning.pytorch.utilities import rank_zero_only
@@ -231,6 +232,7 @@ def _become_ranks(count: int) -> None:
             os.environ.update(
                 {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
             )
+            os.environ.update({name: value.format(rank=rank) for name, value in own.items()})
             # What Lightning and our consoles found at their import, before there were ranks.
             for only in (rank_zero_only, fabric_rank_zero_only):
                 only.rank = rank

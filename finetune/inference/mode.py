@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft.utils.other import ModulesToSaveWrapper
+from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
 
 from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.models.attention import loadable_attention
+from finetune.models.whole_modules import cast_whole_modules
 
 # Attention that cannot decode: `segments` takes no mask and no cache, flex compiles for every length.
 _TRAINING_ATTENTION = (SEGMENTS, "flex_attention")
@@ -37,62 +37,22 @@ def inference_mode(model: torch.nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     # vars, not getattr: a wrapper answers with its inner model's attributes.
     checkpointing = [module for module, _ in flags if vars(module).get("gradient_checkpointing") is True]
+    whole: list[RemovableHandle] = []
     try:
         for module, _ in flags:
             module.training = isinstance(module, Linear4bit)
         for module in checkpointing:
             module.gradient_checkpointing = False  # type: ignore[assignment]
-        with _whole_modules_cast(model), torch.no_grad():
+        whole = cast_whole_modules(model)
+        with torch.no_grad():
             yield
     finally:
+        for handle in whole:
+            handle.remove()
         for module, training in flags:
             module.training = training
         for module in checkpointing:
             module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-@contextmanager
-def _whole_modules_cast(model: torch.nn.Module) -> Iterator[None]:
-    """Modules that an adapter trains whole are fp32: they get what comes so, and what they give is in the base's dtype.
-
-    Under autocast, as in training, nothing is cast here.
-    """
-    with ExitStack() as stack:
-        for wrapper in model.modules():
-            if not isinstance(wrapper, ModulesToSaveWrapper):
-                continue
-            outside = _floating_dtype(wrapper.original_module)
-            for module in wrapper.modules_to_save.values():
-                inside = _floating_dtype(module)
-                if inside is None or outside in (None, inside):
-                    continue
-                before = module.register_forward_pre_hook(partial(_cast_inputs, inside), with_kwargs=True)
-                after = module.register_forward_hook(partial(_cast_output, outside))
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-        yield
-
-
-def _floating_dtype(module: torch.nn.Module) -> torch.dtype | None:
-    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
-
-
-def _cast_inputs(dtype: torch.dtype, _: torch.nn.Module, inputs: Any, options: Any) -> Any:
-    return _cast(inputs, dtype), _cast(options, dtype)
-
-
-def _cast_output(dtype: torch.dtype, _: torch.nn.Module, __: Any, output: Any) -> Any:
-    return _cast(output, dtype)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with the floating-point tensors in it in `dtype`."""
-    if isinstance(value, torch.Tensor):
-        keeps = not value.is_floating_point() or torch.is_autocast_enabled(value.device.type)
-        return value if keeps else value.to(dtype)
-    if type(value) in (tuple, list):
-        return type(value)(_cast(each, dtype) for each in value)
-    return {key: _cast(each, dtype) for key, each in value.items()} if type(value) is dict else value
 
 
 @contextmanager

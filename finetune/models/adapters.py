@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import ModelError
 from finetune.models.heads import decoder_of
+from finetune.models.whole_modules import cast_whole_modules
 from finetune.recipe.schema import LoraSection
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -41,6 +42,7 @@ def attach_adapter(base: Any, adapter: LoraSection, tokenizer: Any, *, seed: int
         model = get_peft_model(base, config)
     for parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
+    cast_whole_modules(model)
     model.train()
     return model
 

@@ -64,7 +64,9 @@ def find_checkpoint(
             warn(f"{run.checkpoints} holds no whole checkpoint, so training starts anew")
         return None
     changes = changed_keys((checkpoint.path / RECIPE).read_text(), recipe_text)
-    changes += _changed_fingerprints(json.loads((checkpoint.path / FINGERPRINTS).read_text()), fingerprints)
+    changes += changed_fingerprints(
+        json.loads((checkpoint.path / FINGERPRINTS).read_text()), fingerprints, "at the checkpoint"
+    )
     by_validation = _chooses_by_validation(yaml.safe_load(recipe_text))
     serious = [change for change in changes if not _is_harmless(change.split(":")[0], by_validation)]
     if serious and not accept_changes:
@@ -114,6 +116,18 @@ def _is_item(key: str) -> bool:
     return False
 
 
+def changed_fingerprints(old: dict[str, Any], new: dict[str, Any], place: str) -> list[str]:
+    """In words, what of base and data is otherwise; `place` says where `old` was found."""
+    changes = []
+    if old["base"]["sha256"] != new["base"]["sha256"]:
+        changes.append(f"the base model {new['base']['name']}: its files are others than {place}")
+    if old["data"]["train"] != new["data"]["train"]:
+        changes.append(f"the training data: its samples are others than {place}")
+    if old["data"].get("validation") != new["data"].get("validation"):
+        changes.append(f"{_VALIDATION}: its samples are others than {place}")
+    return changes
+
+
 def _chooses_by_validation(recipe: dict[str, Any]) -> bool:
     return recipe["evaluation"]["early_stopping"] is not None or recipe["checkpoint"]["final"] == "best"
 
@@ -122,14 +136,3 @@ def _is_harmless(key: str, by_validation: bool) -> bool:
     if key == _VALIDATION:
         return not by_validation
     return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
-
-
-def _changed_fingerprints(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    changes = []
-    if old["base"]["sha256"] != new["base"]["sha256"]:
-        changes.append(f"the base model {new['base']['name']}: its files are others than at the checkpoint")
-    if old["data"]["train"] != new["data"]["train"]:
-        changes.append("the training data: its samples are others than at the checkpoint")
-    if old["data"].get("validation") != new["data"].get("validation"):
-        changes.append(f"{_VALIDATION}: its samples are others than at the checkpoint")
-    return changes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class StepPlan:
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)
             count = min(stop - start, self.num_samples - offset)
-            parts.append(self._order(epoch)[offset : offset + count])
+            parts.append(_order(self.seed, epoch, self.num_samples)[offset : offset + count])
             start += count
         return np.concatenate(parts)
 
@@ -87,9 +88,13 @@ class StepPlan:
         """Passes over the data when `step` steps are done."""
         return min(step * self.global_batch_size, self.total_samples) / self.num_samples
 
-    def _order(self, epoch: int) -> np.ndarray:
-        # A generator per epoch: any epoch's order is known without the ones before it.
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+# Of a million samples a permutation takes 20 ms, and every step asks for its part of one: kept for two epochs, since a
+# step may reach into the next.
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    # A generator per epoch: any epoch's order is known without the ones before it.
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
 def build_plan(num_samples: int, training: TrainingSection) -> StepPlan:

@@ -32,6 +32,7 @@ from finetune.recipe.load import dump_recipe, read_document
 from finetune.recipe.schema import ModelSection, Recipe
 from finetune.run_dir import RunDir
 from finetune.stop_signals import StopSignals, blocked, leave_to_parent
+from finetune.training.agreement import check_agreement
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
 from finetune.training.best import take_best
 from finetune.training.callbacks import Meter, NonFiniteStop
@@ -198,11 +199,16 @@ def _finish_trained(trainer: L.Trainer, module: FinetuneModule, callbacks: list[
 
 
 class _Flow(L.Callback):
-    """Resume at the start, or measure the bare base; the final adapter."""
+    """Processes that disagree are refused; resume at the start, or measure the bare base; the final adapter."""
 
     def __init__(self, job: Job, run: RunDir, checkpoint: Checkpoint | None, state: RunState, before: Hook) -> None:
         self._job, self._run, self._checkpoint, self._state = job, run, checkpoint, state
         self._before = before
+
+    def setup(self, trainer: L.Trainer, module: FinetuneModule, stage: str) -> None:  # type: ignore[override]
+        first_step = 0 if self._checkpoint is None else self._checkpoint.step
+        steps = self._job.plan.num_steps
+        check_agreement(self._job.recipe, self._job.fingerprints, num_steps=steps, first_step=first_step)
 
     def on_train_start(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
         if self._checkpoint is None:

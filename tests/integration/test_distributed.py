@@ -174,6 +174,20 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_row_whichever_process_has_it
     assert set(re.findall(r"The samples computed: (.*)\.", said)) == {f"{data}:6"}
 
 
+def test_processes_that_find_other_rows_are_refused(
+    tiny: Callable[..., Path], tmp_path: Path, server: ForkServer
+) -> None:
+    """Each has a home of its own, as on machines without a shared disk, and other rows there; as many of them."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        write_jsonl(tmp_path / str(rank) / "rows.jsonl", alpaca_rows(24, seed=rank))
+    recipe = tiny("homes", "llama", data={"sources": [{"path": "~/rows.jsonl"}]})
+    home = str(tmp_path / "{rank}")
+    said = server.run("run", str(recipe), "distributed.strategy=ddp", ranks=2, expect=2, HOME=home)
+    assert "rank 1 (" in said and "does not train on what rank 0" in said and "step 1/" not in said
+    assert "the training data: its samples are others than on rank 0\n  Give every machine" in said
+
+
 def test_our_own_launcher_starts_the_other_processes(tiny: Callable[..., Path]) -> None:
     recipe = tiny("launcher", "llama")
     command = [sys.executable, "-m", "finetune", "run", str(recipe), "distributed.strategy=fsdp"]

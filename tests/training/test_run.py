@@ -265,3 +265,18 @@ def test_every_adapter_setting_trains_and_resumes(adapter: dict[str, Any], run_t
     run_tiny(**sections)
     got = load_file(run.adapter / WEIGHTS_NAME)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.usefixtures("same_dtypes")
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"], ["input_layernorm"], ["mlp"]], ids=str)
+def test_modules_trained_whole_train_on_a_bf16_base(
+    names: list[str], run_tiny: RunTiny, model_dir: Callable[[str], Path]
+) -> None:
+    """They are fp32, and bf16-true has no autocast that would cast between them and the base."""
+    precision = {"precision": "bf16-true", "max_steps": 8, "optimizer": {"lr": 1e-2}}
+    run = run_tiny(adapter={"modules_to_save": names}, training=precision)
+    losses = [row["loss"] or 0.0 for row in read_metrics(run.metrics)]
+    assert losses[-1] < losses[0]
+    saved = load_file(run.adapter / WEIGHTS_NAME)
+    whole = [tensor for name, tensor in saved.items() if "lora_" not in name]
+    assert whole and all(tensor.dtype == torch.float32 for tensor in whole)

@@ -1,0 +1,53 @@
+"""That all processes of a run train on the same: each reads the recipe, the data and the checkpoints by itself.
+
+On machines whose files differ, gradients of different rows would be summed as if they were one step's, or one process
+would wait for another that has no step left.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch.distributed as dist
+
+from finetune.errors import BadInputError
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.schema import Recipe
+from finetune.training.resume import changed_fingerprints, changed_keys
+
+# Where things are may differ: what is there is compared.
+PLACES = ("model.name", "output_dir", "logging", "hub")
+
+
+def check_agreement(recipe: Recipe, fingerprints: dict[str, Any], *, num_steps: int, first_step: int) -> None:
+    """Compare what the processes have found. Collective.
+
+    Raises:
+        BadInputError: in every process, naming one that has found something else than rank 0, and what.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    own = {"host": socket.gethostname(), "recipe": dump_recipe(recipe), "fingerprints": fingerprints}
+    own["steps"] = {"steps in all": num_steps, "step to go on from": first_step}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    for rank, other in enumerate(ranks):
+        if found := differences(ranks[0], other):
+            raise BadInputError(
+                f"rank {rank} ({other['host']}) does not train on what rank 0 ({ranks[0]['host']}) trains on:\n  "
+                + "\n  ".join(found)
+                + "\n  Give every machine the same recipe and files, on a disk that they share or by copying them."
+            )
+
+
+def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What two processes have found otherwise, in words."""
+    keys = [line for line in changed_keys(first["recipe"], other["recipe"]) if not _is_place(line.split(":")[0])]
+    files = changed_fingerprints(first["fingerprints"], other["fingerprints"], "on rank 0")
+    steps = other["steps"]
+    return keys + files + [f"{name}: {n} -> {steps[name]}" for name, n in first["steps"].items() if n != steps[name]]
+
+
+def _is_place(key: str) -> bool:
+    return key.endswith(".path") or any(key == place or key.startswith(f"{place}.") for place in PLACES)
