@@ -139,6 +139,7 @@ def _run_recipe(
 ) -> int:
     from finetune.export.hub_provenance import check_fingerprints
     from finetune.export.hub_publish import check_push, push_recipe
+    from finetune.models.start import compare_base
     from finetune.report.html import write_report
     from finetune.training.resume import find_checkpoint, put_later_aside
     from finetune.training.trackers import check_trackers
@@ -151,6 +152,9 @@ def _run_recipe(
     recipe = job.recipe
     if provenance is not None and is_rank_zero():
         check_fingerprints(provenance, job.fingerprints, arguments.overrides)
+    if job.start is not None and is_rank_zero():
+        say(f"starting from the adapter in {job.start.folder}")
+        compare_base(job.start, job.fingerprints["base"])
     checkpoint = find_checkpoint(
         run_dir, arguments.resume, dump_recipe(recipe), job.fingerprints, accept_changes=arguments.accept_changes
     )

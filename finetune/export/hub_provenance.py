@@ -11,7 +11,8 @@ from typing import Any
 from finetune.console import say, warn
 from finetune.errors import BadInputError, ModelError
 from finetune.export.hub_contents import FINGERPRINTS, name_base
-from finetune.export.places import ADAPTER_CONFIG, HUB_SCHEME, RECIPE, resolve_repo
+from finetune.export.places import ADAPTER_CONFIG, RECIPE, resolve_repo
+from finetune.recipe.hub_address import HUB_SCHEME
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
 from finetune.run_dir import RunDir

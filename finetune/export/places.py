@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import BadInputError, ModelError
+from finetune.errors import ModelError
 from finetune.export.hub_client import HubClient
 from finetune.files import sha256_file
+from finetune.recipe.hub_address import HUB_SCHEME, parse_address
 from finetune.run_dir import MERGE_RECORD, RunDir
 
-HUB_SCHEME = "hf://"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RECIPE = "recipe.yaml"
 
-_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
 # What an adapter's repository holds; a merged model or a GGUF file beside it is not fetched.
 _ADAPTER_FILES = ("adapter_*", "*.json", "*.yaml", "*.jinja", "*.model", "*.txt", "README.md")
 _EXPORTS = "export"
@@ -81,7 +79,7 @@ def resolve_repo(
         BadInputError: the address is malformed.
         FinetuneError: there is no such repository or revision, no access, or no network and nothing cached.
     """
-    repo_id, revision = _parse(address)
+    repo_id, revision = parse_address(address)
     from huggingface_hub import snapshot_download
 
     client = HubClient(endpoint=endpoint, token=token)
@@ -124,7 +122,7 @@ def staleness(folder: Path, adapter: Path | None) -> str | None:
 
 
 def _hub_place(address: str) -> RunPlace:
-    repo_id = _parse(address)[0]
+    repo_id = parse_address(address)[0]
     folder = resolve_repo(address)
     missing = [name for name in (RECIPE, ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
     if missing:
@@ -132,13 +130,6 @@ def _hub_place(address: str) -> RunPlace:
         raise ModelError(f"{address}: holds no {missing[0]}, {what}; give a repository that finetune push has made")
     name = repo_id.rpartition("/")[2]
     return RunPlace(address, folder, None, Path(f"{name}-merged"), Path(_EXPORTS))
-
-
-def _parse(address: str) -> tuple[str, str | None]:
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        raise BadInputError(f"{address}: write it as hf://ORG/NAME, or hf://ORG/NAME@REVISION")
-    return match.group(1), match.group(2)
 
 
 def _run_of_merged(folder: Path) -> RunDir | None:

@@ -112,6 +112,11 @@ CHECKS: tuple[Check, ...] = (
         "orthogonal needs every rank to be even; change adapter.rank or rank_pattern, or use init default",
     ),
     Check(
+        "adapter.init",
+        lambda r: r.adapter.start_from is not None and r.adapter.init != "default",
+        "{value} gives initial values, and adapter.start_from gives others; remove one",
+    ),
+    Check(
         "adapter.target_modules",
         lambda r: r.adapter.target_modules == [],
         "the list is empty, so there is nothing to adapt; name linear layers, or use all-linear",

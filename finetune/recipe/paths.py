@@ -53,11 +53,12 @@ def resolve_paths(data: dict[str, Any], recipe_file: Path, origins: Origins) -> 
 
 
 def path_values(data: dict[str, Any]) -> Iterator[PathValue]:
-    """The values in `data` that may be local paths: models, data sources and the template."""
+    """The values in `data` that may be local paths: models, adapters, data sources and the template."""
     model, sources = ("model",), _get(data, "data", "sources")
     places = [
         PathValue((*model, "name"), _get(data, *model), _MODEL_SUFFIXES),
         PathValue((*model, "tokenizer"), _get(data, *model), ()),
+        PathValue(("adapter", "start_from"), _get(data, "adapter"), ()),
         PathValue(("data", "template"), _get(data, "data"), _TEMPLATE_SUFFIXES, may_exist=False),
     ]
     for index, source in enumerate(sources if isinstance(sources, list) else ()):

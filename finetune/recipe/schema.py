@@ -69,6 +69,11 @@ class LoraSection(Section):
         Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
         | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
     ) = Field("default", description="Initial values, by PEFT's names; pissa and olora need an unquantized base.")
+    start_from: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="An adapter to go on from with new data, instead of fresh values: the directory of an adapter, a "
+        "finished run or a checkpoint, or hf://ORG/NAME. Rank and scale must be its own.",
+    )
     modules_to_save: list[str] = Field([], description="Modules trained whole and saved with the adapter.")
     trainable_tokens: list[str | int] = Field(
         [], description="Tokens (text or id) whose embeddings are trained; unknown text is added as a new token."

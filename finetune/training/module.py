@@ -21,7 +21,7 @@ from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.offload import offloaded
 from finetune.machine import is_out_of_memory, naming_out_of_memory, release_freed_memory
-from finetune.models.adapters import attach_adapter, trainable_parameters
+from finetune.models.adapters import attach_adapter, load_adapter, trainable_parameters
 from finetune.models.attention import dense_masks
 from finetune.models.compiled import compile_layers, make_traceable
 from finetune.models.fused import fuse
@@ -29,6 +29,7 @@ from finetune.models.heads import check_head, checkpoint_layers, decoder_layers,
 from finetune.models.load import LESS_FOR_LOADING, fit_vocabulary, load_base
 from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource
+from finetune.models.start import Start
 from finetune.recipe.schema import Recipe
 from finetune.training.optimizer import GradientBuffer, build_optimizer, learning_rate
 from finetune.training.out_of_memory import LESS_FOR_OPTIMIZER, Halving, out_of_memory_message
@@ -72,7 +73,14 @@ class FinetuneModule(L.LightningModule):
     """Trains an adapter. `step` counts the optimizer steps done over the whole run, resumed parts included."""
 
     def __init__(
-        self, recipe: Recipe, source: ModelSource, tokenizer: Any, placement: Placement, attention: str, num_steps: int
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        tokenizer: Any,
+        placement: Placement,
+        attention: str,
+        num_steps: int,
+        start: Start | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -82,6 +90,7 @@ class FinetuneModule(L.LightningModule):
         self.placement = placement
         self.attention = attention
         self.num_steps = num_steps
+        self.start = start
         self.step = 0
         self.num_skipped_steps = 0
         self._has_said_overflow = False
@@ -129,6 +138,8 @@ class FinetuneModule(L.LightningModule):
         assert training.gradient_checkpointing != "auto", "prepare_job settles it"
         checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
+        if self.start is not None:
+            load_adapter(model, self.start.folder)
         # Not the converted copy that was loaded: what is saved has to say which model another machine needs.
         for config in model.peft_config.values():
             config.base_model_name_or_path, config.revision = self.source.location, self.source.revision

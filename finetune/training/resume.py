@@ -123,6 +123,8 @@ def changed_fingerprints(old: dict[str, Any], new: dict[str, Any], place: str) -
         changes.append(f"the base model {new['base']['name']}: its files are others than {place}")
     if old["data"]["train"] != new["data"]["train"]:
         changes.append(f"the training data: its samples are others than {place}")
+    if old.get("start") != new.get("start"):
+        changes.append(f"adapter.start_from: its weights are others than {place}")
     if old["data"].get("validation") != new["data"].get("validation"):
         changes.append(f"{_VALIDATION}: its samples are others than {place}")
     return changes

@@ -27,6 +27,7 @@ from finetune.models.attention import choose_attention, why_not_packed
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.skeleton import check_names
 from finetune.models.sources import ModelSource, find_model, fingerprint
+from finetune.models.start import Start, find_start
 from finetune.models.tokenizer_files import save_tokenizer
 from finetune.recipe.load import dump_recipe, read_document
 from finetune.recipe.schema import ModelSection, Recipe
@@ -64,6 +65,7 @@ class Job:
     packing: Packing
     placement: Placement
     attention: str
+    start: Start | None = None
 
     @cached_property
     def rank_imbalance(self) -> float:
@@ -72,9 +74,11 @@ class Job:
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """What the run is made from: base model and data, by hash."""
+        """What the run is made from: base model, data and the adapter that it starts from, by hash."""
         validation = self.data.validation
+        start = {} if self.start is None else {"start": self.start.sha256}
         return {
+            **start,
             "base": fingerprint(self.source),
             "data": {
                 "train": self.data.train.fingerprint,
@@ -109,6 +113,7 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
         attention = choose_attention(config, recipe.model, recipe.data)
         tokenizer = load_tokenizer(recipe.model, source)
         token_indices(recipe.adapter, tokenizer)
+        start = find_start(recipe.adapter)
         template, recipe = _load_dated_template(recipe, tokenizer)
         data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
     # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.
@@ -117,7 +122,7 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
     plan = build_plan(len(data.train), recipe.training)
     packing = choose_packing(recipe, data.train, why_not=why_not_packed(config, attention))
     recipe = with_checkpointing(recipe, config, attention, placement)
-    return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention)
+    return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention, start)
 
 
 def _load_dated_template(recipe: Recipe, tokenizer: Any) -> tuple[ChatTemplate, Recipe]:
@@ -148,7 +153,7 @@ def train(
     """
     recipe, placement = job.recipe, job.placement
     state = RunState()
-    module = FinetuneModule(recipe, job.source, job.tokenizer, placement, job.attention, job.plan.num_steps)
+    module = FinetuneModule(recipe, job.source, job.tokenizer, placement, job.attention, job.plan.num_steps, job.start)
     guard = NonFiniteStop(job.data.train)
     preemption = Preemption(state, signals, recipe.checkpoint.grace_seconds)
     meter = Meter(recipe, run, state, job.plan, job.data.train.lengths)

@@ -37,6 +37,7 @@ REFUSED = [
     (["adapter.init=olora", "model.quantization=fp4"], "adapter.init", "olora rewrites base weights"),
     (["adapter.init=orthogonal", "adapter.rank=3"], "adapter.init", "every rank to be even"),
     (["adapter.init=orthogonal", "adapter.rank_pattern={q: 3}"], "adapter.init", "every rank to be even"),
+    (["adapter.init=gaussian", "adapter.start_from=runs/first"], "adapter.init", "adapter.start_from gives others"),
     (["adapter.target_modules=[]"], "adapter.target_modules", "nothing to adapt"),
     (
         ["adapter.target_modules=[q]", "adapter.exclude_modules=[q, v]"],

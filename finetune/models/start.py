@@ -1,0 +1,126 @@
+"""The adapter that training starts from (adapter.start_from): where it is, and whether the recipe describes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.console import warn
+from finetune.errors import ModelError, first_line
+from finetune.files import sha256_file
+from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base
+from finetune.recipe.hub_address import parse_address
+from finetune.recipe.schema import LoraSection
+from finetune.run_dir import RunDir
+
+KEY = "adapter.start_from"
+# What scales an update and so changes it without a word: tensors of another shape are refused when they are loaded.
+_SETTINGS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter's files."""
+
+    folder: Path
+    sha256: str  # of its weights
+
+
+def find_start(adapter: LoraSection) -> Start | None:
+    """The adapter that the recipe starts from, if any.
+
+    Raises:
+        ModelError: there is no adapter, or one of another rank or scale than the recipe's.
+    """
+    if adapter.start_from is None:
+        return None
+    folder = _folder(adapter.start_from)
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        values = {name: config.get(theirs) or _nothing(adapter, name) for name, theirs in _SETTINGS.items()}
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{KEY}: {folder / CONFIG_NAME} cannot be read: {first_line(error)}") from None
+    kind, init = config.get("peft_type"), init_off_the_base(config)
+    if kind != "LORA" or init:
+        what = f"is not LoRA but {kind}" if kind != "LORA" else f"fits only a base that {init} has changed"
+        raise ModelError(f"{KEY}: the adapter in {folder} {what}; start from a plain LoRA adapter")
+    others = [
+        f"adapter.{name}: {json.dumps(value)}" for name, value in values.items() if not _same(adapter, name, value)
+    ]
+    if others:
+        raise ModelError(
+            f"{KEY}: the adapter in {folder} has other settings than the recipe; write what it has:\n  "
+            + "\n  ".join(others)
+        )
+    return Start(folder, sha256_file(folder / WEIGHTS_NAME))
+
+
+def _nothing(adapter: LoraSection, name: str) -> Any:
+    # PEFT writes null, or leaves the key out, for what is off or empty.
+    return type(getattr(adapter, name))()
+
+
+def _same(adapter: LoraSection, name: str, value: Any) -> bool:
+    own = getattr(adapter, name)
+    # In their order: PEFT takes the first pattern that matches.
+    return list(own.items()) == list(value.items()) if isinstance(own, dict) else bool(own == value)
+
+
+def compare_base(start: Start, base: dict[str, Any]) -> None:
+    """Warn if the adapter was trained on another model than that of the fingerprint `base`, where that is recorded."""
+    recorded = start.folder / "fingerprints.json"
+    if recorded.is_file():
+        theirs = json.loads(recorded.read_text(encoding="utf-8"))["base"]
+        name, differs = theirs["name"], theirs["sha256"] != base["sha256"]
+    else:
+        config = json.loads((start.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        name = config.get("base_model_name_or_path")
+        differs = Path(str(name)).name != Path(str(base["name"])).name
+    if differs:
+        warn(
+            f"{KEY}: the adapter in {start.folder} was trained on {name} and the recipe's model is {base['name']}: "
+            "what changes one model's answers may spoil another's"
+        )
+
+
+def _folder(given: str) -> Path:
+    if "://" in given:
+        return _downloaded(given)
+    path = Path(given)
+    if not path.is_dir():
+        raise ModelError(
+            f"{KEY}: {path}: no such directory; give an adapter's, a run's or a checkpoint's, or hf://ORG/NAME"
+        )
+    for folder in (path, RunDir(path).adapter):
+        if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+            return folder
+    raise ModelError(
+        f"{KEY}: {path} holds no adapter ({CONFIG_NAME}, {WEIGHTS_NAME}); give an adapter's directory, a finished "
+        "run's or a checkpoint's"
+    )
+
+
+def _downloaded(address: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repo_id, revision = parse_address(address)
+    wanted = [CONFIG_NAME, WEIGHTS_NAME, "fingerprints.json"]
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+        raise ModelError(
+            f"{KEY}: cannot load {address}: {first_line(error)}\n  Check the name, the network (HF_HUB_OFFLINE, "
+            "HF_ENDPOINT) and, for private repositories, your login (hf auth login)."
+        ) from error
+    if missing := [name for name in wanted[:2] if not (folder / name).is_file()]:
+        raise ModelError(f"{KEY}: {address} holds no {missing[0]}, so it is no adapter")
+    return folder
