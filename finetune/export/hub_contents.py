@@ -228,7 +228,8 @@ def _adapter_config(adapter: Path, base: BaseModel) -> bytes:
     config = _read_json(adapter / ADAPTER_CONFIG)
     config["base_model_name_or_path"] = base.name
     config["revision"] = base.revision
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    # In the file's order: PEFT takes the first of several rank patterns that match.
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _merge_record(path: Path | bytes, base: BaseModel) -> bytes:

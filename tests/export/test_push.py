@@ -304,6 +304,16 @@ def test_names_of_other_bases(base: Path, tmp_path: Path, name: str, pushed: str
     assert config["revision"] == (None if name.startswith("package") else "1" * 40)
 
 
+def test_rank_patterns_are_pushed_in_their_order(base: Path, tmp_path: Path) -> None:
+    patterns = {r"layers\.1\.self_attn\.q_proj": 8, r".*q_proj": 2}  # sorted, PEFT would take 2 for both
+    lora = {"rank": 4, "target_modules": ["q_proj"], "rank_pattern": patterns, "alpha_pattern": patterns}
+    run, _ = build_run(tmp_path, base, adapter=lora)
+    config = json.loads(collect(run).files["adapter_config.json"])  # type: ignore[arg-type]
+    saved = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    for name in ("rank_pattern", "alpha_pattern"):
+        assert list(config[name]) == list(saved[name]) != sorted(saved[name])
+
+
 def test_the_merged_model_and_a_gguf_file_are_pushed_alone(
     hub: HubDouble, base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
