@@ -171,7 +171,7 @@ class Encoder:
         ]
         if not wanted:
             raise NoAssistantTurn(f"every assistant turn that data.train_on ({self.train_on}) means has weight 0")
-        turns = [self._render_turn(messages[: index + 1], tools) for index in wanted]
+        turns = [self.render_turn(messages[: index + 1], tools) for index in wanted]
         last = turns[-1]
         if all(last.text.startswith(turn.text) for turn in turns):
             pending.turns = [last]
@@ -185,7 +185,7 @@ class Encoder:
     def _render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> str:
         return render(self.source, self.special_tokens, messages, tools, add_generation_prompt=prompt)
 
-    def _render_turn(self, messages: list[Message], tools: Tools) -> Turn:
+    def render_turn(self, messages: list[Message], tools: Tools) -> Turn:
         """The conversation up to the terminator of its last, assistant, turn."""
         prompt = self._render(messages[:-1], tools, prompt=True)
         text = self._render(messages, tools, prompt=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune.console import progress_bar, say, warn
+from finetune.data.answers import expected_answer
 from finetune.data.cache import Store, cache_key, open_store, write_store
 from finetune.data.dataset import TokenDataset
 from finetune.data.formats import Message, RowError, Tools, is_trained, recognize_format
@@ -26,7 +27,7 @@ from finetune.data.ledger import (
 from finetune.data.masking import MALFORMED, Chunk, Encoder, digest_of
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
 from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
-from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, render, special_tokens_of
+from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, special_tokens_of
 from finetune.data.workers import encode_stream
 from finetune.errors import DataError
 
@@ -71,11 +72,13 @@ class Row:
     messages: list[Message]
     """The prompt: everything before the last assistant turn that is trained, with the default system prompt."""
     expected: str
-    """The text of that turn."""
+    """The text of that turn, as a completion's has it."""
     origin: str
     tools: Tools = None
     digest: int = 0
     """The content of the whole row, as a data set's `row_hashes` has it."""
+    opening: str = ""
+    """What the template writes before that text, and a model trained with it therefore too."""
 
 
 def prepare_data(
@@ -358,11 +361,11 @@ def _rows(
             last = max((i for i, message in enumerate(messages) if is_trained(message)), default=None)
             if last is None:
                 continue
-            render(encoder.source, encoder.special_tokens, messages[:last], add_generation_prompt=True, tools=tools)
+            opening, expected = expected_answer(encoder, messages[: last + 1], tools)
         except (RowError, DataError) as error:
             bad.append(f"{origin}: {error}")
             continue
-        found.append(Row(messages[:last], str(messages[last]["content"]), origin, tools, digest_of(conversation)))
+        found.append(Row(messages[:last], expected, origin, tools, digest_of(conversation), opening))
     # a few rows say nothing about the share in all of them
     share = data.max_rejected_share if len(found) != limit else float(data.max_rejected_share > 0)
     if len(bad) > share * num_rows:

@@ -94,6 +94,7 @@ def evaluate_task(
     """Greedy completions of `rows` (at most `section.max_rows`) and the section's metrics of them.
 
     Without a task metric only the samples are completed. Samples are the first rows, the same every time.
+    What the template opens an answer with is taken off its completion (see `Row.opening`).
     The model is left as it was found. Perplexity is not among the metrics: it is measured on tokens.
     """
     rows = rows[: _num_completed(section)]
@@ -109,12 +110,12 @@ def evaluate_task(
         batch_size=section.batch_size,
         on_batch=on_batch,
     )
-    texts = [completion.text for completion in completions]
+    texts = [completion.text.removeprefix(row.opening) for row, completion in zip(rows, completions, strict=True)]
     names = [str(name) for name in section.metrics if name in METRICS]
     metrics = {name: METRICS[name](rows, texts) for name in names} if rows else {}
     samples = [
-        Sample(prompt_text(row.messages), row.expected, completion.text, completion.stopped)
-        for row, completion in zip(rows[: section.num_samples], completions, strict=False)
+        Sample(prompt_text(row.messages), row.expected, text, completion.stopped)
+        for row, text, completion in list(zip(rows, texts, completions, strict=True))[: section.num_samples]
     ]
     return TaskResult(
         metrics,

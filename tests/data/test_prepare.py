@@ -239,6 +239,31 @@ def test_rows_for_metrics(tokenizer_of: Tokenizers, section: Sections) -> None:
     assert ids[: int(np.argmax(mask))].tolist() == encode_prompt(tokenizer, template, rows[1].messages)
 
 
+def test_what_is_expected_is_what_was_trained(tokenizer_of: Tokenizers, section: Sections) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    rows = [
+        chat("a", "Paris."),
+        chat("a", "<think>k</think>Paris."),
+        chat("a", "<think>\nk\n</think>\n\nb"),
+        {"messages": [chat("a")["messages"][0], call]},
+    ]
+    trained = ["<think>\n\n</think>\n\nParis.", "<think>\nk\n</think>\n\nParis.", "<think>\nk\n</think>\n\nb"]
+    trained.append('{"name": "f", "arguments": {"x": 1}}')
+    tokenizer = tokenizer_of("qwen3")
+    qwen3, data = tokenizer.chat_template, section(rows)
+    for chosen, template_text in ((slice(3), qwen3), (slice(3, 4), TOOLS_TEMPLATE)):
+        tokenizer.chat_template = template_text
+        prepared, template = prepare(tokenizer, section(rows[chosen]))
+        found = prepare_rows(data.sources[0], data, tokenizer, template)
+        assert [row.opening + row.expected for row in found] == trained[chosen]
+        for (ids, mask), text in zip(map(prepared.train.__getitem__, range(len(found))), trained[chosen], strict=True):
+            assert tokenizer.decode(ids[mask]) == f"{text}<|im_end|>"
+    data = section(rows[:1], train_on="everything")
+    tokenizer.chat_template = qwen3
+    found = prepare_rows(data.sources[0], data, tokenizer, load_template(tokenizer, data))
+    assert (found[0].opening, found[0].expected) == ("<think>\n\n</think>\n\n", "Paris.")
+
+
 def test_fm29_rows_for_metrics_that_the_template_refuses(
     tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
 ) -> None:

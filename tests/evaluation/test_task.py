@@ -48,6 +48,14 @@ def test_metrics_samples_and_counts(answers: dict[str, Any]) -> None:
     assert answers["stops"] == (257,) and answers["batch_size"] == 7
 
 
+def test_what_a_template_opens_an_answer_with_is_no_part_of_it(answers: dict[str, Any]) -> None:
+    rows = [replace(row, opening=opening) for row, opening in zip(ROWS, ("<t>", "2", "th", ""), strict=True)]
+    rows[2] = replace(rows[2], expected="ree")
+    result = evaluate(rows, metrics=["exact_match"], num_samples=3)
+    assert result.metrics == {"exact_match": 0.5}
+    assert [sample.completion for sample in result.samples] == ["one", "", "ree"]
+
+
 def test_fm12_prompts_are_those_of_the_tokenizers_template(answers: dict[str, Any]) -> None:
     evaluate(ROWS, metrics=["exact_match"])
     tokenizer = build_tokenizer()
