@@ -27,6 +27,8 @@ TEMPLATES_DIR = Path(__file__).parent / "templates"
 _PROBE_USER = "finetune probe question"
 _PROBE_SYSTEM = "finetune probe instructions"
 _PROBE_ANSWER = "finetune probe answer"
+# An id of nine characters, as Mistral's templates ask for.
+_PROBE_CALL: Message = {"type": "function", "id": "finetune0", "function": {"name": "finetune_probe", "arguments": {}}}
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
@@ -39,7 +41,7 @@ class ChatTemplate:
     source: str
     """The Jinja text, with the day's date in the place of calls for it."""
     stop_token_ids: tuple[int, ...]
-    """Tokens that end an assistant turn; the one that is trained comes first."""
+    """Tokens that end an assistant turn: that of an answer, that of a tool call where it is another, and EOS."""
     tail: str = ""
     """What follows an assistant turn's text: the terminator and, often, a newline."""
     terminator: str = ""
@@ -73,15 +75,15 @@ def load_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Chat
     _check_one_bos(tokenizer, name, prompt)
     tail, terminator = _probe_tail(tokenizer, name, source)
     terminator_id = int(tokenizer.convert_tokens_to_ids(terminator))
-    stop_ids = [terminator_id]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id != terminator_id:
+    stop_ids = [terminator_id, *_probe_call_end(tokenizer, source)]
+    if tokenizer.eos_token_id is not None:
         stop_ids.append(int(tokenizer.eos_token_id))
     tokenizer.chat_template = source
     system_role = _has_system_role(source, special)
     date = (data.date or datetime.date.today()) if "strftime_now" in source else None
     if date is not None:
         source = print_date(source, date)
-    return ChatTemplate(name, source, tuple(stop_ids), tail, terminator, system_role, date)
+    return ChatTemplate(name, source, tuple(dict.fromkeys(stop_ids)), tail, terminator, system_role, date)
 
 
 def print_date(source: str, date: datetime.date) -> str:
@@ -284,6 +286,19 @@ def _probe_tail(tokenizer: PreTrainedTokenizerBase, name: str, source: str) -> t
             "the assistant's text in the template, or take data.template: alpaca or chatml."
         )
     return tail, found.group()
+
+
+def _probe_call_end(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    """The token that ends a tool call, such as gpt-oss's <|call|>; none where the template writes no calls."""
+    tokens = added_tokens(tokenizer)
+    turn = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
+    try:
+        special = dict(tokenizer.special_tokens_map)
+        text = render(source, special, [_user(), turn], add_generation_prompt=False).rstrip()
+    except DataError:
+        return []
+    ends = [found for found in token_pattern(tokens).finditer(text) if found.end() == len(text)] if tokens else []
+    return [tokens[found.group()] for found in ends]
 
 
 def token_pattern(tokens: Mapping[str, int]) -> re.Pattern[str]:

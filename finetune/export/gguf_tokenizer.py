@@ -42,12 +42,14 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>")
 _SPACE = "▁"
+# A file's names of the tokens that end a turn, as many as it has; llama.cpp tells the usual others by their text.
+END_OF_TURN = ("eos", "eot", "eom")
 _UNMERGED = -1e9  # score of a piece that no merge makes
 
 
 @dataclass(frozen=True)
 class Special:
-    """Special tokens: their ids by what they are for (bos, eos, eot, unk, pad), and which are added to plain text."""
+    """Special tokens: their ids by use (bos, eos, eot, eom, unk, pad), and which are added to plain text."""
 
     ids: dict[str, int]
     add_bos: bool
@@ -206,13 +208,12 @@ def _adds_space(parts: dict[str, Any]) -> bool:
 
 
 def read_special(folder: Path, tokenizer: Any) -> Special:
-    """The special tokens of a model's directory; the ones that end a turn are those of its configuration."""
+    """The special tokens of a model's directory; the ones that end a turn are the first of its configuration."""
     files = (folder / name for name in ("generation_config.json", "config.json"))
     stops = next((found for file in files if (found := _stop_ids(file))), [tokenizer.eos_token_id])
     ids = {
         "bos": tokenizer.bos_token_id,
-        "eos": stops[0],
-        "eot": stops[1] if len(stops) > 1 else None,
+        **dict(zip(END_OF_TURN, stops, strict=False)),
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }

@@ -30,7 +30,10 @@ def write_configs(
     tokenizer: Any,
     stop_token_ids: Sequence[int],
 ) -> None:
-    """Write config.json and generation_config.json; both stop at the tokens that end a trained turn."""
+    """Write config.json and generation_config.json; both stop at the tokens that end a trained turn.
+
+    generation_config.json at the base's other ones too, such as Llama 3.1's <|eom_id|>.
+    """
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = json.loads(path.read_text())
@@ -50,7 +53,8 @@ def write_configs(
             section["tie_word_embeddings"] = plan.tied
         add_old_rope(section)
     _write_json(path, values)
-    _write_json(folder / _GENERATION, _generation_values(source, values, stop_token_ids))
+    own = getattr(config.get_text_config(), "eos_token_id", None)
+    _write_json(folder / _GENERATION, _generation_values(source, values, stop_token_ids, own))
     _copy_code(folder, values, source)
     if config.get_text_config() is not config:
         _copy_processor(folder, source)
@@ -76,11 +80,16 @@ def add_old_rope(values: dict[str, Any]) -> None:
         values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
 
 
-def _generation_values(source: ModelSource, config: dict[str, Any], stop_token_ids: Sequence[int]) -> dict[str, Any]:
+def _generation_values(
+    source: ModelSource, config: dict[str, Any], stop_token_ids: Sequence[int], base_stops: int | list[int] | None
+) -> dict[str, Any]:
+    """`base_stops` are the base's where it has no generation_config.json that names them."""
     path = find_file(source, _GENERATION)
     values: dict[str, Any] = {} if path is None else json.loads(path.read_text())
     values.pop("_from_model_config", None)
-    stops = list(dict.fromkeys(stop_token_ids))
+    own = values.get("eos_token_id", base_stops)
+    others = own if isinstance(own, list) else [] if own is None else [own]
+    stops = list(dict.fromkeys([*stop_token_ids, *others]))
     values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     for name in ("bos_token_id", "pad_token_id"):
         if config.get(name) is not None:

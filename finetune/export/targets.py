@@ -162,7 +162,7 @@ def _base(job: Job) -> tuple[Recipe, ModelSource]:
 
 def _modelfile(job: Job) -> str:
     from finetune.data.template import print_date, render
-    from finetune.export.gguf_tokenizer import load_tokenizer, read_special
+    from finetune.export.gguf_tokenizer import END_OF_TURN, load_tokenizer, read_special
     from finetune.export.ollama import derive_template, modelfile
 
     tokenizer = load_tokenizer(job.source)
@@ -180,7 +180,7 @@ def _modelfile(job: Job) -> str:
     template = derive_template(render_messages)
     if special.add_bos:
         template = template.without_bos(str(tokenizer.bos_token))
-    stops = [str(tokenizer.convert_ids_to_tokens(special.ids[name])) for name in ("eos", "eot") if name in special.ids]
+    stops = [str(tokenizer.convert_ids_to_tokens(special.ids[name])) for name in END_OF_TURN if name in special.ids]
     return modelfile(template, stops, job.recipe.data.system if job.recipe is not None else None)
 
 

@@ -91,6 +91,17 @@ def test_stop_tokens_put_the_trained_one_first(tokenizer_of: Tokenizers, section
     assert tokenizer.convert_ids_to_tokens(list(template.stop_token_ids)) == ["<|eot_id|>", "<|end_of_text|>"]
 
 
+def test_fm02_the_end_of_a_tool_call_stops_too(tokenizer_of: Tokenizers, section: Sections) -> None:
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<|call|>\n"
+        "{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+    )
+    stops = load_template(tokenizer, section([])).stop_token_ids
+    assert tokenizer.convert_ids_to_tokens(list(stops)) == ["<|eot_id|>", "<|call|>", "<|end_of_text|>"]
+
+
 def test_fm02_chatml_ends_with_eos_where_im_end_is_no_token(tokenizer_of: Tokenizers, section: Sections) -> None:
     tokenizer = tokenizer_of("gpt2")
     template = load_template(tokenizer, section([], template="chatml"))

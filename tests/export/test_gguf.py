@@ -144,9 +144,9 @@ def test_the_file_says_what_programs_need(models: dict[str, Path], tmp_path: Pat
 
 def test_the_stop_tokens_are_those_of_the_generation_config(models: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(models["llama"], tmp_path / "model")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 9, 5]}))
     special = read_vocabulary(folder, 320).special.ids
-    assert (special["eos"], special["eot"], special["bos"]) == (7, 2, 1)
+    assert (special["eos"], special["eot"], special["eom"], special["bos"]) == (7, 2, 9, 1)
 
 
 def test_rows_beyond_the_tokenizer_become_unused_tokens(models: dict[str, Path]) -> None:

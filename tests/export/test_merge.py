@@ -358,6 +358,7 @@ def test_values_are_rounded_once(tmp_path: Path, dtype: str) -> None:
 def test_the_configuration_is_complete(tmp_path: Path) -> None:
     case = build(tmp_path, trainable_tokens=["<one>"])
     case.merge.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2], "top_k": 3}))
     case.write(stop_token_ids=(5, 2), dtype="bf16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 10000.0
@@ -365,7 +366,8 @@ def test_the_configuration_is_complete(tmp_path: Path) -> None:
     assert config["torch_dtype"] == "bfloat16"
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert "_name_or_path" not in config and "quantization_config" not in config
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [5, 2]
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.top_k) == ([5, 2, 7], 3)  # the base's own stop ids stay, last
     saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert saved["chat_template"] == AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert saved["chat_template"] == case.merge.tokenizer.chat_template
