@@ -95,8 +95,19 @@ def _complete(loaded: LoadedRun, prompts: list[Conversation], arguments: argpars
         seed=arguments.seed,
     )
     ids = [encode_prompt(loaded.tokenizer, loaded.template, each.messages, system, each.tools) for each in prompts]
+    _check_room(loaded, ids)
     stops = loaded.template.stop_token_ids
     return generate(loaded.model, loaded.tokenizer, ids, stops, sampling, batch_size=evaluation.batch_size)
+
+
+def _check_room(loaded: LoadedRun, prompts: list[list[int]]) -> None:
+    from finetune.inference.mode import base_of
+    from finetune.models.load import context_length
+
+    longest = context_length(base_of(loaded.model).config)
+    for number, ids in enumerate(prompts, 1):
+        if longest is not None and len(ids) >= longest:
+            raise DataError(f"prompt {number} has {len(ids)} tokens, the model's context holds {longest}; shorten it")
 
 
 def _print(prompts: list[Conversation], answers: list[list[Completion]], adapters: list[str], *, as_json: bool) -> None:

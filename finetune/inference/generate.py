@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import GenerationConfig
 from finetune.inference.dense import dense_weights
 from finetune.inference.mode import base_of, decoding, inference_mode
 from finetune.inference.prefix import SharedPrefix
+from finetune.models.load import context_length
 
 __all__ = ["Completion", "Sampling", "generate", "inference_mode"]
 
@@ -22,7 +25,7 @@ class Completion:
 
     token_ids: list[int]  # as generated, the stop token included
     text: str  # without special tokens
-    stopped: bool  # ended by a stop token, not by max_new_tokens
+    stopped: bool  # ended by a stop token, not by max_new_tokens or the model's context
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def generate(
 
     The model is left exactly as it was found. Prompts are batched by length, the longest first, so that a
     batch that does not fit fails at once; `on_batch` gets the number of prompts of every finished batch.
+    A completion ends where the model's context does; it is empty for a prompt that fills it.
     Greedy completions do not depend on the batch but for rounding; sampled ones follow from the seed, the
     prompts and the batch size. What all prompts begin with is computed once (see `SharedPrefix`). A sharded
     model must be called by every rank with the same prompts. On CPU, layers are expanded to dense ones
@@ -61,25 +65,41 @@ def generate(
         raise ValueError("a prompt has no tokens")
     if not stop_token_ids:
         raise ValueError("no stop token is given, so no completion would ever end")
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    config = _generation_config(sampling, stop_token_ids, tokenizer.pad_token_id)
-    completions: dict[int, Completion] = {}
     # Not PeftModel.generate: it leaves attributes behind, and an adapter in the layers does not need it.
     causal_lm = base_of(model)
+    context = context_length(causal_lm.config) or sys.maxsize
+    full = {index: Completion([], "", False) for index, prompt in enumerate(prompts) if len(prompt) >= context}
+    fitting = {index: prompt for index, prompt in enumerate(prompts) if index not in full}
+    completions: dict[int, Completion] = full
+    if full and on_batch is not None:
+        on_batch(len(full))
     device = causal_lm.get_input_embeddings().weight.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), decoding(model), dense_weights(model):
         torch.manual_seed(sampling.seed)
-        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        prefix = SharedPrefix(causal_lm, prompts, longest)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        longest = min(max(map(len, fitting.values()), default=0) + sampling.max_new_tokens, context)
+        prefix = SharedPrefix(causal_lm, list(fitting.values()), longest)
+        for room, batch in _batches(fitting, batch_size, sampling.max_new_tokens, context):
+            config = _generation_config(replace(sampling, max_new_tokens=room), stop_token_ids, tokenizer.pad_token_id)
             rows = _generate_batch(causal_lm, [prompts[index] for index in batch], prefix, config, device)
             for index, row in zip(batch, rows, strict=True):
                 completions[index] = _completion(row, set(stop_token_ids), tokenizer)
             if on_batch is not None:
                 on_batch(len(batch))
     return [completions[index] for index in range(len(prompts))]
+
+
+def _batches(
+    prompts: Mapping[int, list[int]], batch_size: int, max_new_tokens: int, context: int
+) -> Iterator[tuple[int, list[int]]]:
+    """How many new tokens each batch may have, and its prompts, the longest first.
+
+    Only prompts that are cut alike share a batch, so that none is cut earlier for another's length.
+    """
+    order = sorted(prompts, key=lambda index: len(prompts[index]), reverse=True)
+    for room, group in groupby(order, key=lambda index: min(max_new_tokens, context - len(prompts[index]))):
+        batch = list(group)
+        yield from ((room, batch[start : start + batch_size]) for start in range(0, len(batch), batch_size))
 
 
 def _generation_config(sampling: Sampling, stop_token_ids: Sequence[int], pad_id: int | None) -> GenerationConfig:

@@ -84,6 +84,20 @@ def load_config(model: ModelSection, source: ModelSource) -> Any:
         raise unreachable(source.name, error) from error
 
 
+def context_length(config: Any) -> int | None:
+    """How many tokens the model was made for, with what its rotary positions are stretched by; None: no limit is told.
+
+    Learned positions end there; rotary ones go on, but say nothing that was trained.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or longest
+    return max(longest, int(original * (rope.get("factor") or 1)))
+
+
 def base_dtype(model: ModelSection, precision: str) -> torch.dtype:
     """Dtype of unquantized base weights: the recipe's, else what the precision computes in."""
     return DTYPES[PRECISION_DTYPES[precision] if model.dtype == "auto" else model.dtype]

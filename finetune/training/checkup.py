@@ -21,6 +21,7 @@ from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_p
 from finetune.models.skeleton import check_names
 from finetune.models.sources import ModelSource, describe_model
 from finetune.recipe.schema import Recipe
+from finetune.training.context import too_long_completions, too_long_samples
 from finetune.training.disk import find_room
 from finetune.training.fitting import (
     Devices,
@@ -176,9 +177,8 @@ def _check_model(checkup: Checkup) -> Iterator[Finding]:
         num_parameters=weights.num_parameters,
         num_layers=text.num_hidden_layers,
     )
-    longest = getattr(text, "max_position_embeddings", None)
-    if isinstance(longest, int) and recipe.data.max_seq_len > longest:
-        yield warning("model", f"data.max_seq_len: {recipe.data.max_seq_len}, but the model was made for {longest}")
+    if (problem := too_long_samples(recipe, config)) is not None:
+        yield warning("model", problem)
 
 
 def _check_adapter(checkup: Checkup) -> Iterator[Finding]:
@@ -247,6 +247,9 @@ def _check_data(checkup: Checkup) -> Iterator[Finding]:
             )
     if ledger.duplicate_rows > 0.1 * max(1, ledger.train_samples):
         yield warning("data", f"{ledger.duplicate_rows:,} rows repeat another one")
+    cut = too_long_completions(checkup.recipe, checkup.config, checkup.tokenizer, checkup.template, checkup.data)
+    if cut is not None:
+        yield warning("data", cut)
     lines = ledger.summary_lines()
     for line in lines[:-1]:
         yield fact("data", line.strip())

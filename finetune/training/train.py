@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from finetune.console import say
+from finetune.console import say, warn
 from finetune.data.dataset import TokenDataset
 from finetune.data.packing import find_prefixes, no_prefixes
 from finetune.data.prepare import PreparedData, prepare_data
@@ -39,6 +39,7 @@ from finetune.training.best import take_best
 from finetune.training.callbacks import Meter, NonFiniteStop
 from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore, write_parts
 from finetune.training.checkpoint_writer import CheckpointWriter
+from finetune.training.context import too_long_samples
 from finetune.training.fitting import place, with_checkpointing
 from finetune.training.module import FinetuneModule
 from finetune.training.out_of_memory import Halving, check_halving
@@ -109,6 +110,8 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
     with in_turn():
         source = find(recipe.model)
         config = load_config(recipe.model, source)
+        if (problem := too_long_samples(recipe, config)) is not None:
+            warn(problem)
         check_names(config, recipe.model, recipe.adapter, precision=recipe.training.precision)
         attention = choose_attention(config, recipe.model, recipe.data)
         tokenizer = load_tokenizer(recipe.model, source)

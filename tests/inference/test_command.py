@@ -33,6 +33,12 @@ def test_completions_go_to_stdout_and_numbers_to_stderr(make_run: MakeRun, capsy
     assert json.loads(capsys.readouterr().out)["completion"] != rows[0]["completion"]
 
 
+def test_a_prompt_past_the_context_is_refused(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = make_run("adapter")
+    assert main(["generate", str(run), "--prompt", "hello", "--prompt", "long " * 110]) == 2
+    assert "prompt 2 has 5" in (err := capsys.readouterr().err) and "the model's context holds 512; shorten it" in err
+
+
 def test_fm12_the_model_gets_the_ids_of_the_tokenizers_own_template(
     make_run: MakeRun, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

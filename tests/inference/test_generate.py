@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from finetune.inference.generate import Completion, Sampling, generate, inference_mode
 from finetune.kernels.attention import NAME as SEGMENTS
@@ -182,6 +182,18 @@ def test_quantized_generation_is_that_of_the_layers_as_they_are(
     with model.disable_adapter():
         base = generate(model, tokenizer, PROMPTS, STOP, Sampling(max_new_tokens=16))
     assert base != dense
+
+
+def test_completions_end_with_the_models_context(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=258, initializer_range=0.3, **sizes)).eval()
+    prompts = [[65 + index for index in range(size)] for size in (4, 40, 30, 20, 32, 29)]
+    done: list[int] = []
+    got = generate(gpt2, tokenizer, prompts, [300], Sampling(max_new_tokens=12), batch_size=4, on_batch=done.append)
+    assert [len(each.token_ids) for each in got] == [12, 0, 2, 12, 0, 3]
+    assert not any(each.stopped for each in got) and sum(done) == len(prompts)
+    assert got[0] == generate(gpt2, tokenizer, prompts[:1], [300], Sampling(max_new_tokens=12))[0]
 
 
 def test_what_cannot_end_well_is_refused(llama: Any, tokenizer: Any) -> None:

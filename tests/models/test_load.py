@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
-from finetune.models.load import fit_vocabulary
+from finetune.models.load import context_length, fit_vocabulary
 from tests.tiny import CONFIGS, write_tokenizer
+
+YARN: dict[str, Any] = {"rope_type": "yarn", "original_max_position_embeddings": 512, "rope_theta": 10000.0}
 
 
 class Part:
@@ -55,3 +58,17 @@ def test_fm27_a_base_with_more_rows_than_tokens_keeps_them(architecture: str, tm
     assert base.config.vocab_size == 336
     for part, weight in zip((base.get_input_embeddings(), base.get_output_embeddings()), before, strict=True):
         assert part.weight.shape[0] == 336 and torch.equal(part.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (GPT2Config(n_positions=64), 64),
+        (BloomConfig(), None),
+        (LlamaConfig(max_position_embeddings=512), 512),
+        (LlamaConfig(max_position_embeddings=512, rope_parameters=YARN | {"factor": 4.0}), 2048),
+        (LlamaConfig(max_position_embeddings=2048, rope_parameters=YARN | {"factor": 4.0}), 2048),
+    ],
+)
+def test_the_context_that_a_model_was_made_for(config: Any, length: int | None) -> None:
+    assert context_length(config) == length

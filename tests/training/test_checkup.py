@@ -37,6 +37,13 @@ FOUND: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, str]], dict[str,
     "no login": ("logins", {"hub": {"push": True, "repo_id": "a/b"}}, dict, "error", "but there is no login"),
     "offline": ("logins", {}, dict, "fact", "only what is in the local cache can be read"),
     "short context": ("model", {"data": {"max_seq_len": 4096}}, dict, "warning", "but the model was made for 2048"),
+    "cut completions": (
+        "data",
+        {"data": {"validation": {"size": 4}}, "evaluation": {"num_samples": 1, "max_new_tokens": 2040}},
+        dict,
+        "warning",
+        "is more than the model's context of 2048: completions end there",
+    ),
     "low coverage": (
         "data",
         {"data": {"max_seq_len": 2048}},

@@ -130,6 +130,11 @@ def test_test_rows_that_are_trained_on_are_counted(
     assert "test rows that are also trained on" in run.report.read_text()
 
 
+def test_a_max_seq_len_past_the_context_is_said(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run_tiny(training={"max_steps": 1}, data={"max_seq_len": 4096})
+    assert "data.max_seq_len: 4096, but the model was made for 2048" in capsys.readouterr().err
+
+
 def test_validation_stops_early_and_keeps_the_best(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
     sections: dict[str, Any] = {
         "training": {"max_steps": 12, "optimizer": {"lr": 1e-30}},
