@@ -158,7 +158,7 @@ class _Task:
             if result.num_cut:
                 say(f"{name}: {result.cut_note(section.max_new_tokens)}")
         if tokens is not None:
-            metrics["perplexity"] = perplexity(loaded.model, tokens, self.max_rows, name)
+            metrics["perplexity"] = perplexity(loaded.model, tokens, name)
         return metrics
 
     def _load(self, loaded: LoadedRun, section: Any) -> tuple[list[Row], TokenDataset | None]:
@@ -166,7 +166,7 @@ class _Task:
 
         recipe = loaded.recipe.model_copy(update={"evaluation": section})
         rows, tokens = load_rows(recipe, loaded.tokenizer, loaded.template)
-        self.num_rows = max(len(rows), 0 if tokens is None else min(len(tokens), self.max_rows or len(tokens)))
+        self.num_rows = max(len(rows), 0 if tokens is None else len(tokens.row_hashes()))
         if not self.num_rows:
             raise DataError(
                 "evaluation: there is nothing to measure: set evaluation.source or data.validation.size, "
@@ -175,8 +175,8 @@ class _Task:
         return rows, tokens
 
 
-def perplexity(model: Any, tokens: TokenDataset, max_rows: int | None, name: str = "model") -> float:
-    """exp of the mean cross-entropy over the supervised tokens of the first samples."""
+def perplexity(model: Any, tokens: TokenDataset, name: str = "model") -> float:
+    """exp of the mean cross-entropy over the supervised tokens."""
     import torch
 
     from finetune.inference.mode import base_of, inference_mode
@@ -184,10 +184,9 @@ def perplexity(model: Any, tokens: TokenDataset, max_rows: int | None, name: str
 
     causal_lm = base_of(model)
     device = causal_lm.get_input_embeddings().weight.device
-    number = min(len(tokens), max_rows or len(tokens))
     total, count = 0.0, 0
-    with inference_mode(model), progress_bar(f"{name}: perplexity", number) as bar:
-        for index in range(number):
+    with inference_mode(model), progress_bar(f"{name}: perplexity", len(tokens)) as bar:
+        for index in range(len(tokens)):
             ids, supervised = tokens[index]
             input_ids = torch.as_tensor(ids, dtype=torch.int64, device=device)[None]
             positions = torch.as_tensor(supervised[1:], device=device).nonzero()[:, 0]

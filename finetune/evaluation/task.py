@@ -62,8 +62,10 @@ def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[l
     if section.source is None:
         if limit != 0:
             rows = prepare_validation_rows(data, tokenizer, template, seed=seed, max_rows=limit)
-        wants_tokens = "perplexity" in section.metrics
-        return rows, prepare_data(data, tokenizer, template, seed=seed).validation if wants_tokens else None
+        if "perplexity" not in section.metrics:
+            return rows, None
+        tokens = prepare_data(data, tokenizer, template, seed=seed).validation
+        return rows, tokens.first_rows(section.max_rows) if tokens is not None and section.max_rows else tokens
     if limit != 0:
         rows = prepare_rows(section.source, data, tokenizer, template, max_rows=limit)
     if "perplexity" not in section.metrics:

@@ -26,3 +26,15 @@ def test_samples(tokenizer_of: Callable[[str], Any], section: Callable[..., Any]
     assert dataset.origin(1).endswith("rows.jsonl:2")
     with pytest.raises(IndexError):
         dataset[2]
+
+
+def test_the_first_rows_bring_all_of_their_samples(
+    tokenizer_of: Callable[[str], Any], section: Callable[..., Any]
+) -> None:
+    rows = [chat("a", "b"), chat("c", "<think>\nk\n</think>\n\nd", "e", "f"), chat("g", "h")]
+    dataset = prepare(tokenizer_of("qwen3"), section(rows))[0].train
+    assert len(dataset) == 4  # the template rewrites the second row's first turn
+    for count, samples in ((1, 1), (2, 3), (3, 4), (9, 4)):
+        first = dataset.first_rows(count)
+        assert len(first) == samples and len(first.row_hashes()) == min(count, 3)
+        assert all(first.origin(index) == dataset.origin(index) for index in range(samples))

@@ -143,6 +143,12 @@ def test_else_from_the_validation_rows(tmp_path: Path) -> None:
     assert load(recipe_of(tmp_path, {"metrics": ["perplexity", "exact_match"]})) == ([], None)
 
 
+def test_max_rows_limits_perplexity_on_validation_rows_too(tmp_path: Path) -> None:
+    evaluation = {"metrics": ["perplexity", "exact_match"], "max_rows": 3}
+    rows, tokens = load(recipe_of(tmp_path, evaluation, validation={"size": 5.0}))
+    assert [row.origin for row in rows] == [tokens.origin(index) for index in range(len(tokens))] and len(rows) == 3
+
+
 def test_a_prompt_is_shown_without_system_text() -> None:
     system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
     assert prompt_text([system, user]) == "U"
