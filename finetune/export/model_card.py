@@ -17,7 +17,7 @@ from finetune.export import model_card_sections as sections
 from finetune.export.hub_contents import Contents, Kind
 from finetune.export.model_card_licence import Licences
 from finetune.export.model_card_plot import draw_loss, read_curve
-from finetune.export.model_card_privacy import redact
+from finetune.export.model_card_privacy import redact_secrets
 
 CARD = "README.md"
 LOSS_PLOT = "loss.svg"
@@ -53,7 +53,7 @@ def read_evidence(contents: Contents) -> Evidence:
 
 def write_card(contents: Contents, repo_id: str, licences: Licences, evidence: Evidence) -> str:
     """The text of README.md; secrets, local paths and the host's name are left out, wherever they came from."""
-    recipe, training = contents.recipe, evidence.results.get("training", {})
+    training = evidence.results.get("training", {})
     parts = [
         sections.opening(contents),
         sections.results(contents, evidence.results),
@@ -67,8 +67,7 @@ def write_card(contents: Contents, repo_id: str, licences: Licences, evidence: E
     ]
     body = "\n\n".join(part for part in parts if part)
     metadata = yaml.safe_dump(card_metadata(contents, licences), sort_keys=False, allow_unicode=True)
-    keep = [repo_id, contents.base.name, recipe.name, *(source.path for source in recipe.data.sources)]
-    return redact(f"---\n{metadata}---\n\n{body}\n", keep=keep)
+    return f"---\n{metadata}---\n\n{redact_secrets(body)}\n"
 
 
 def card_metadata(contents: Contents, licences: Licences) -> dict[str, Any]:
@@ -77,14 +76,14 @@ def card_metadata(contents: Contents, licences: Licences) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     if contents.base.on_hub:
         relation = _RELATION[contents.kind]
-        metadata |= {"base_model": contents.base.name, "base_model_relation": relation}
+        metadata |= {"base_model": redact_secrets(contents.base.name), "base_model_relation": relation}
     if licences.identifier is not None:
         metadata["license"] = licences.identifier
     metadata["library_name"] = _LIBRARY[contents.kind]
     metadata["pipeline_tag"] = "text-generation"
     datasets = sections.hub_datasets(contents.original)
     if datasets:
-        metadata["datasets"] = datasets
+        metadata["datasets"] = [redact_secrets(name) for name in datasets]
     quantized = recipe.model.quantization in ("nf4", "fp4")
     metadata["tags"] = ["finetune", recipe.adapter.method, *(["qlora"] if quantized else [])]
     return metadata

@@ -15,9 +15,12 @@ from finetune.files import cache_dir
 REMOVED = "[removed]"
 _SHORTEST_SECRET = 8
 _SECRET_NAME = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# The forms that services give their tokens: Hugging Face, Weights & Biases, OpenAI, GitHub, GitLab, AWS, Slack.
+# The forms that services give their tokens: Hugging Face, Weights & Biases, GitHub, OpenAI (and Anthropic and others
+# that took its form), GitLab, AWS, Slack.
 _TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|wandb_v\d_\w{16,}|sk-[\w-]{20,}|gh[opsur]_[A-Za-z0-9]{20,}"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|wandb_v\d_\w{16,}|gh[opsur]_[A-Za-z0-9]{20,}"
+    # A digit tells them from a name such as sk-wikipedia-instructions; only those with a prefix have - and _ inside.
+    r"|(?<!-)sk-(?:(?:proj|svcacct|admin|None|ant|or-v1|lf)-(?=[\w-]*\d)[\w-]{20,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{20,})"
     r"|github_pat_\w{20,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,})"
 )
 _ASSIGNED = re.compile(
@@ -35,8 +38,18 @@ _WINDOWS = re.compile(r"\b[A-Za-z]:\\Users\\" + _END)
 def redact(text: str, *, keep: Collection[str] = ()) -> str:
     """`text` without secrets; local paths cut to their last part, the host's name removed.
 
-    Words of `keep` (names that are meant to be public) stay even where the host is called the same.
+    Words of `keep` (names that are meant to be public) stay even where the host is called the same. For text of others:
+    a host may be called like a word of ours.
     """
+    text = redact_secrets(text)
+    for host in _hosts():
+        if not any(host in word for word in keep):
+            text = re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", REMOVED, text)
+    return text
+
+
+def redact_secrets(text: str) -> str:
+    """`text` without secrets; local paths cut to their last part."""
     for secret in known_secrets():
         text = text.replace(secret, REMOVED)
     text = _TOKEN.sub(REMOVED, text)
@@ -45,11 +58,7 @@ def redact(text: str, *, keep: Collection[str] = ()) -> str:
     text = _IN_URL.sub(r"\1", text)
     text = _local_paths().sub(lambda match: PurePosixPath(match.group()).name, text)
     text = _LOCAL.sub(lambda match: PurePosixPath(match.group()).name, text)
-    text = _WINDOWS.sub(lambda match: match.group().rpartition("\\")[2], text)
-    for host in _hosts():
-        if not any(host in word for word in keep):
-            text = re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", REMOVED, text)
-    return text
+    return _WINDOWS.sub(lambda match: match.group().rpartition("\\")[2], text)
 
 
 def holds_secret(text: str) -> bool:

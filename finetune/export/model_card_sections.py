@@ -15,6 +15,7 @@ from finetune.export.model_card_licence import Licences
 from finetune.export.model_card_privacy import redact
 from finetune.export.places import ADAPTER_WEIGHTS
 from finetune.recipe.load import dump_recipe
+from finetune.recipe.paths import path_values
 from finetune.recipe.schema import LoraSection, Recipe, SourceSection
 
 _VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "tokenizers")
@@ -202,8 +203,19 @@ def reproduction(contents: Contents, repo_id: str) -> str:
     """The whole resolved recipe and the command that runs it again."""
     return (
         f"## Recipe\n\n`finetune run hf://{repo_id}` trains it again from `recipe.yaml` and compares base and data "
-        f"with `fingerprints.json`.\n\n" + _code("yaml", dump_recipe(contents.recipe).rstrip())
+        f"with `fingerprints.json`.\n\n" + _code("yaml", dump_recipe(_without_host(contents)).rstrip())
     )
+
+
+def _without_host(contents: Contents) -> Recipe:
+    """The recipe without the host's name in what the user has written, names that others need aside."""
+    data = contents.recipe.model_dump(mode="json")
+    keep = [contents.base.name, *(source.path for source in contents.recipe.data.sources)]
+    for value in path_values(data):
+        value.section[value.path[-1]] = redact(value.text, keep=keep)
+    if data["data"]["system"]:
+        data["data"]["system"] = redact(data["data"]["system"])
+    return Recipe.model_validate(data)
 
 
 def hub_datasets(recipe: Recipe) -> list[str]:

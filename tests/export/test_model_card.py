@@ -35,9 +35,13 @@ def _secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("card")
-    return build_run(folder, write_model(folder / "base", "llama"))[0]
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("card"), base)[0]
 
 
 def card_of(contents: Contents, licences: Licences | None = None) -> tuple[dict[str, object], str]:
@@ -224,7 +228,11 @@ def test_licences_come_from_what_is_near(tmp_path: Path) -> None:
         ("password: hunter2hunter2", f"password: {REMOVED}"),
         ("Authorization: Bearer abc.def-ghi", f"Authorization: Bearer {REMOVED}"),
         ("https://me:secretword@host.example/x", "https://host.example/x"),
-        ("sk-abcdefghijklmnopqrstuvwxyz", REMOVED),
+        ("sk-abcdefghijklmnopqrstuvwxyz01", REMOVED),
+        ("key:sk-proj-aB_cdefg-hijklmnop_qrstuvw-x1", f"key:{REMOVED}"),
+        ("sk-ant-api03-aB_cdefg-hijklmnop_qrstuvw-xyz", REMOVED),
+        ("acme/sk-wikipedia-instructions-v2", "acme/sk-wikipedia-instructions-v2"),
+        ("the-task-sk-abcdefghijklmnopqrstuvwxyz01", "the-task-sk-abcdefghijklmnopqrstuvwxyz01"),
         ("see /home/ada/x/y.jsonl:3", "see y.jsonl:3"),
         (r"C:\Users\ada\x.txt", "x.txt"),
         (f"at {Path.home()}/models/m", "at m"),
@@ -241,6 +249,22 @@ def test_redaction(text: str, clean: str) -> None:
 
 def test_a_public_name_stays_where_the_host_is_called_the_same() -> None:
     assert redact(f"model {HOST}-7b on {HOST}", keep=[f"acme/{HOST}"]) == f"model {HOST}-7b on {HOST}"
+
+
+@pytest.mark.parametrize("host", ["finetune", "lora", "peft", "training"])
+def test_a_host_that_is_called_like_a_word_of_the_card(
+    run: Path, base: Path, tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = card_of(collect(run))
+    monkeypatch.setenv("HOSTNAME", host)
+    assert card_of(collect(run)) == usual
+    told, _ = build_run(tmp_path, base, data={"sources": [{"path": "acme/rows"}], "system": f"You are on {host}."})
+    results = json.loads((told / "results.json").read_text())
+    results["after"]["samples"][0]["completion"] = f"on {host} too"
+    (told / "results.json").write_text(json.dumps(results))
+    metadata, body = card_of(collect(told))
+    assert metadata["tags"] == ["finetune", "lora"]
+    assert f"You are on {REMOVED}." in body and "on &#91;removed&#93; too" in body
 
 
 def test_the_user_is_not_named_by_what_git_or_login_say(run: Path) -> None:
