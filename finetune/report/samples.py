@@ -28,17 +28,23 @@ class Card:
 def collect_cards(run: RunFiles) -> list[Card]:
     """Samples of the results joined with those written while training: same answer, and the prompt within the other.
 
-    The one is written as the user's text, the other as the model was given it.
+    The one is written as the user's text, the other as the model was given it: of several texts within it, the longest.
+    Rows that are alike have a card each.
     """
     cards: list[Card] = []
     for when in ("before", "after"):
         part = run.results.get(when)
         rows = part.get("samples") if isinstance(part, dict) else None
         for row in _valid(rows):
-            setattr(_card(cards, row), when, row)
+            same = [card for card in _answering(cards, row) if card.prompt == row["prompt"]]
+            free = [card for card in same if getattr(card, when) is None]
+            setattr(free[0] if free else _add(cards, row), when, row)
     for row in _valid(run.samples):
-        if isinstance(row.get("step"), int):
-            _card(cards, row).during[row["step"]] = row
+        if isinstance(step := row.get("step"), int):
+            within = [card for card in _answering(cards, row) if card.prompt.strip() in row["prompt"]]
+            longest = max((len(card.prompt.strip()) for card in within), default=0)
+            best = [card for card in within if len(card.prompt.strip()) == longest] or [_add(cards, row)]
+            next((card for card in best if step not in card.during), best[0]).during[step] = row
     return cards
 
 
@@ -51,12 +57,12 @@ def _valid(rows: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _card(cards: list[Card], row: dict[str, Any]) -> Card:
-    prompt, expected = row["prompt"], row["expected"]
-    for card in cards:
-        if card.expected.strip() == expected.strip() and (card.prompt == prompt or card.prompt.strip() in prompt):
-            return card
-    cards.append(Card(prompt, expected))
+def _answering(cards: list[Card], row: dict[str, Any]) -> list[Card]:
+    return [card for card in cards if card.expected.strip() == row["expected"].strip()]
+
+
+def _add(cards: list[Card], row: dict[str, Any]) -> Card:
+    cards.append(Card(row["prompt"], row["expected"]))
     return cards[-1]
 
 

@@ -12,6 +12,8 @@ import pytest
 from finetune.errors import BadInputError
 from finetune.report.html import write_report
 from finetune.report.reference import default_values
+from finetune.report.run_files import open_run
+from finetune.report.samples import collect_cards
 from finetune.run_dir import RunDir
 from tests.report.example_runs import write_run
 
@@ -76,6 +78,27 @@ def test_samples_before_during_and_after_stand_together(tmp_path: Path) -> None:
     headings = re.findall(r"<h4>(before|after|step \d+)", cards[0])
     assert headings == ["before", "step 20", "step 60", "step 100", "after"]
     assert re.findall(r"<h4>(before|after|step \d+)", cards[2]) == ["before", "after"]
+
+
+def test_samples_with_the_same_answer_keep_to_their_prompts(tmp_path: Path) -> None:
+    prompts = ["Is it red", "Is it red or blue", "Is it red"]  # a prompt within another, and one that repeats
+
+    def sample(index: int, when: str) -> dict[str, str]:
+        return {"prompt": prompts[index], "expected": "yes", "completion": f"{when} {index}"}
+
+    run_dir = write_run(tmp_path)
+    results = {when: {"samples": [sample(index, when) for index in range(3)]} for when in ("before", "after")}
+    run_dir.results.write_text(json.dumps(results))
+    during = [{**sample(index, "during"), "prompt": f"<user>{prompts[index]}?", "step": 20} for index in range(3)]
+    run_dir.samples.write_text("".join(json.dumps(row) + "\n" for row in during[::-1]))
+    cards = collect_cards(open_run(run_dir.root))
+    assert [card.prompt for card in cards] == prompts
+    completions = [
+        [row["completion"] for row in (card.before, *card.during.values(), card.after) if row] for card in cards
+    ]
+    assert completions[1] == ["before 1", "during 1", "after 1"]
+    assert [row[::2] for row in completions] == [[f"before {index}", f"after {index}"] for index in range(3)]
+    assert {completions[0][1], completions[2][1]} == {"during 0", "during 2"}
 
 
 def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
