@@ -256,7 +256,7 @@ def _mapping(path: Path, run: RunFiles) -> dict[str, Any]:
 def _json_lines(path: Path, run: RunFiles) -> list[dict[str, Any]]:
     text = _text(path, run)
     rows = []
-    for line in (text or "").splitlines():
+    for line in (text or "").split("\n"):  # splitlines would end one at U+2028, too, which stands as it is in JSON
         try:
             row = json.loads(line)
         except ValueError:

@@ -88,23 +88,27 @@ def write_samples(
         for prompt, answer, completion in zip(prompts, expected, completions, strict=True)
     ]
     if module.global_rank == 0:
-        with naming(run.samples), run.samples.open("a") as file:
+        with naming(run.samples), run.samples.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return rows
 
 
 def read_samples(path: Path, step: int) -> list[dict[str, Any]]:
     """The completions of one step."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if _step_of(line) == step]
+    return [json.loads(line) for line in _lines(path) if _step_of(line) == step]
 
 
 def keep_samples(path: Path, last_step: int) -> None:
     """Cut samples.jsonl back to the steps up to `last_step`: a resumed run writes the later ones again."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+    lines = [line for line in _lines(path) if _step_of(line) <= last_step]
     write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines: it ends a line at U+2028 and the like, which stand as they are in JSON texts.
+    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
 
 
 def _step_of(line: str) -> float:

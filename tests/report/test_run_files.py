@@ -16,6 +16,7 @@ from finetune.report.run_files import is_run, open_run, planned_steps
 from finetune.training import checkpoint as training_checkpoint
 from finetune.training import metrics as training_metrics
 from finetune.training.steps import build_plan
+from finetune.training.validation import keep_samples, read_samples
 from tests.report.example_runs import write_checkpoint, write_run
 
 
@@ -104,6 +105,17 @@ def test_early_stopping_finishes_a_run(tmp_path: Path) -> None:
     run_dir.results.write_text(json.dumps({**results, "training": {"steps": 57}}))
     run_dir.adapter.mkdir()
     assert open_run(run_dir.root).state == "finished"
+
+
+def test_a_line_separator_in_a_text_ends_no_line(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    row = {"step": 20, "completion": "a\u2028b\x85c", "prompt": "d", "expected": "e"}
+    run_dir.samples.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert open_run(run_dir.root).samples == [row] == read_samples(run_dir.samples, 20)
+    keep_samples(run_dir.samples, 20)
+    assert read_samples(run_dir.samples, 20) == [row]
+    keep_samples(run_dir.samples, 19)
+    assert run_dir.samples.read_text() == ""
 
 
 def test_damaged_files_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
