@@ -138,8 +138,22 @@ def require_names(base: Any, adapter: LoraSection) -> None:
     build_config(base, adapter.model_copy(update={"trainable_tokens": []}), None)
     names, candidates = [name for name, _ in base.named_modules()], linear_names(base)
     _require_modules("adapter.exclude_modules", adapter.exclude_modules, names, candidates)
+    _require_tokens_of_their_own(base, adapter)
     _require_matches("adapter.rank_pattern", adapter.rank_pattern, names, candidates)
     _require_matches("adapter.alpha_pattern", adapter.alpha_pattern, names, candidates)
+
+
+def _require_tokens_of_their_own(base: Any, adapter: LoraSection) -> None:
+    """PEFT trains tokens in a tied head too, which it cannot where the head is trained whole."""
+    head = base.get_output_embeddings()
+    if head is None or head.weight is not base.get_input_embeddings().weight:
+        return
+    name = next(name for name, module in base.named_modules() if module is head)
+    if adapter.trainable_tokens and any(_is_named(name, target) for target in adapter.modules_to_save):
+        raise ModelError(
+            f"adapter.trainable_tokens: the model's {name} is its embedding (their weights are tied), and "
+            "adapter.modules_to_save trains it whole; remove it there, or remove trainable_tokens"
+        )
 
 
 def _require_matches(key: str, patterns: Iterable[str], names: list[str], candidates: list[str]) -> None:

@@ -117,6 +117,11 @@ CHECKS: tuple[Check, ...] = (
         "{value} gives initial values, and adapter.start_from gives others; remove one",
     ),
     Check(
+        "adapter.use_dora",
+        lambda r: r.adapter.use_dora and r.model.quantization == "int8" and r.distributed.accelerator == "cpu",
+        "{value} does not compute on int8 weights on a CPU; use model.quantization nf4 or none, or leave DoRA out",
+    ),
+    Check(
         "adapter.target_modules",
         lambda r: r.adapter.target_modules == [],
         "the list is empty, so there is nothing to adapt; name linear layers, or use all-linear",

@@ -36,7 +36,7 @@ from finetune.training.habits import Planned, habits_of, why_bf16_is_slow
 from finetune.training.out_of_memory import check_halving
 from finetune.training.passes import Passes, look_at_passes
 from finetune.training.steps import Packing, StepPlan, build_plan
-from finetune.training.strategy import Placement, resolve_placement, strategy_of
+from finetune.training.strategy import Placement, check_dora, resolve_placement, strategy_of
 from finetune.training.train import choose_packing
 
 # Below this share of supervised tokens, nearly all work is spent on prompts.
@@ -287,6 +287,7 @@ def _check_devices(checkup: Checkup) -> Iterator[Finding]:
     if slow is not None:
         yield warning("devices", slow)
     check_halving(checkup.recipe, placement)
+    check_dora(checkup.recipe, placement)
 
 
 def _check_memory(checkup: Checkup) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from finetune.errors import BadInputError
-from finetune.recipe.schema import DistributedSection, TrainingSection
+from finetune.recipe.schema import DistributedSection, Recipe, TrainingSection
 
 # Preparing data or loading a model on one rank may take long; a rank that dies is noticed by its launcher instead.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
@@ -118,6 +118,21 @@ def _slurm_size() -> tuple[int, int]:
             f"SLURM_NTASKS is {tasks} on {nodes} nodes: every node needs the same number; use --ntasks-per-node"
         )
     return tasks // nodes, nodes
+
+
+def check_dora(recipe: Recipe, placement: Placement) -> None:
+    """Refuse it on int8 weights where accelerator auto has become the CPU; an explicit one is refused with the recipe.
+
+    PEFT's DoRA moves weights that it has read back to the CPU, and bitsandbytes 0.50 loses their scales by that.
+
+    Raises:
+        BadInputError: naming the keys.
+    """
+    if placement.accelerator == "cpu" and recipe.adapter.use_dora and recipe.model.quantization == "int8":
+        raise BadInputError(
+            "adapter.use_dora: true does not compute on int8 weights on a CPU, and there is no GPU here; use "
+            "model.quantization nf4 or none, or leave DoRA out"
+        )
 
 
 def check_launch(placement: Placement) -> None:

@@ -46,7 +46,14 @@ from finetune.training.out_of_memory import Halving, check_halving
 from finetune.training.preemption import Preemption, requeue
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
-from finetune.training.strategy import Placement, build_trainer, check_launch, ending_others, resolve_placement
+from finetune.training.strategy import (
+    Placement,
+    build_trainer,
+    check_dora,
+    check_launch,
+    ending_others,
+    resolve_placement,
+)
 from finetune.training.turns import in_turn
 from finetune.training.validation import Validation
 
@@ -105,6 +112,7 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
     """
     first = resolve_placement(recipe.distributed)
     check_launch(first)
+    check_dora(recipe, first)
     if recipe.training.auto_micro_batch:
         check_placement(first)
     with in_turn():

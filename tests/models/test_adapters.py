@@ -68,6 +68,14 @@ def test_fm26_other_names_of_the_adapter_are_looked_for_too(section: dict[str, A
     require_names(on_meta("llama"), LoraSection(**fine))
 
 
+def test_tokens_and_a_whole_head_of_tied_weights_are_refused() -> None:
+    section = LoraSection(modules_to_save=["lm_head"], trainable_tokens=["<a>"])
+    require_names(on_meta("llama"), section)
+    require_names(on_meta("tied_llama"), section.model_copy(update={"trainable_tokens": []}))
+    with pytest.raises(ModelError, match=r"the model's lm_head is its embedding .* remove trainable_tokens"):
+        require_names(on_meta("tied_llama"), section)
+
+
 def test_fm26_llama_names_on_falcon_list_the_candidates() -> None:
     with pytest.raises(ModelError, match=r"no module q_proj.*query_key_value"):
         build_config(on_meta("falcon"), LoraSection(target_modules=["q_proj", "v_proj"]), None)

@@ -91,6 +91,11 @@ REFUSED = [
         "training.activation_offload",
         "in host memory already",
     ),
+    (
+        ["adapter.use_dora=true", "model.quantization=int8", "distributed.accelerator=cpu"],
+        "adapter.use_dora",
+        "does not compute on int8 weights",
+    ),
     (["evaluation.every_steps=5"], "evaluation.every_steps", "there are no validation rows"),
     (
         ["evaluation.early_stopping={}", "evaluation.every_steps=5"],

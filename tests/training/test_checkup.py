@@ -72,6 +72,17 @@ FOUND: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, str]], dict[str,
         "warning",
         "rows.jsonl:1: the prompt in training is not the one that would be served",
     ),
+    "int8 and DoRA": (
+        "devices",
+        {
+            "model": {"quantization": "int8"},
+            "adapter": {"use_dora": True},
+            "distributed": {"accelerator": "auto"},
+        },
+        dict,
+        "error",
+        "does not compute on int8 weights on a CPU",
+    ),
     "late checkpoint": ("steps", {"checkpoint": {"every_steps": 9}}, dict, "warning", "nothing is saved before"),
 }
 
@@ -82,6 +93,7 @@ def test_what_will_go_wrong_is_found(
 ) -> None:
     topic, sections, change, level, text = FOUND[name]
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "spaced.jinja").write_text(SPACED)
     rows = write_jsonl(tmp_path / "rows.jsonl", [change(row) for row in alpaca_rows(24)])
     values = tiny_recipe(tmp_path, model_dir("llama"), rows, **sections)

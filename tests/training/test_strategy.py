@@ -14,12 +14,13 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 
 from finetune.errors import BadInputError
-from finetune.recipe.schema import TrainingSection
+from finetune.recipe.schema import Recipe, TrainingSection
 from finetune.training import strategy
 from finetune.training.strategy import (
     Placement,
     build_strategy,
     build_trainer,
+    check_dora,
     check_launch,
     ending_others,
     keep_fp32_exact,
@@ -40,6 +41,15 @@ def test_the_model_stays_where_it_is_when_training_ends() -> None:
     one_device.accelerator = CPUAccelerator()
     one_device.teardown()
     assert module.weight.is_meta
+
+
+def test_dora_on_int8_weights_needs_a_gpu() -> None:
+    sections = {"model": {"name": "a/b", "quantization": "int8"}, "adapter": {"use_dora": True}}
+    data = {"data": {"sources": [{"path": "a/c"}]}, "training": {"max_steps": 1}}
+    recipe = Recipe.model_validate({"name": "x", **sections, **data})
+    check_dora(recipe, Placement("cuda", 1, 1, "single"))
+    with pytest.raises(BadInputError, match=r"adapter\.use_dora: true does not compute on int8 weights on a CPU"):
+        check_dora(recipe, Placement("cpu", 1, 1, "single"))
 
 
 def test_several_machines_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
