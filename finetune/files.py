@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import first_line
+from finetune.errors import BadInputError, first_line
 
 MANIFEST = "manifest.json"
 
@@ -58,6 +59,27 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def require_own(path: Path, option: str, mark: re.Pattern[bytes]) -> None:
+    """Whether a command may write `path`: nothing is lost there but an earlier output, which opens as `mark` says.
+
+    Raises:
+        BadInputError: another file stands there; `option` is what named it.
+    """
+    if not os.path.lexists(path) or (path.is_file() and not path.stat().st_size):
+        return
+    if path.is_dir():
+        raise BadInputError(f"{option} {path}: is a directory; name a file in it")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if mark.match(content):
+                return
+    except (OSError, ValueError):  # not readable, a device, a link to nothing
+        pass
+    raise BadInputError(
+        f"{option} {path}: exists, and is no earlier output of this command; name another file, or remove that one"
+    )
 
 
 @contextmanager

@@ -151,6 +151,12 @@ def test_schema_goes_to_stdout_and_to_a_file(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["title"] == "finetune recipe"
     assert finetune("schema", "-o", str(tmp_path / "s.json")).returncode == 0
     assert (tmp_path / "s.json").read_text(encoding="utf-8") == done.stdout
+    assert finetune("schema", "-o", str(tmp_path / "s.json")).returncode == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: mine\n")
+    refused = finetune("schema", "-o", str(recipe))
+    assert refused.returncode == 2 and f"{recipe}: exists, and is no earlier output" in refused.stderr
+    assert recipe.read_text() == "name: mine\n"
 
 
 def test_a_closed_pipe_is_quiet() -> None:

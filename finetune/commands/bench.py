@@ -39,9 +39,12 @@ def _positive(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print one row a variant."""
     from finetune.console import say, stdout
+    from finetune.files import require_own
     from finetune.recipe.shipped import find_recipe
-    from finetune.training.bench import bench_training, split_outside, write_json
+    from finetune.training.bench import REPORT_MARK, bench_training, split_outside, write_json
 
+    if arguments.json is not None:
+        require_own(arguments.json, "--json", REPORT_MARK)
     report = bench_training(
         find_recipe(arguments.recipe),
         arguments.overrides,

@@ -17,11 +17,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the numbers and what differs between the recipes; write the page where it is asked for."""
     from finetune.console import stdout
+    from finetune.files import require_own
     from finetune.report.compare import compare_html, compare_table, differences_table
+    from finetune.report.page import PAGE_MARK
     from finetune.report.run_files import open_run
 
     if len(arguments.runs) < 2:
         raise BadInputError(f"compare takes two runs or more, and was given {arguments.runs[0]} alone; name another")
+    if arguments.html is not None:
+        require_own(arguments.html, "--html", PAGE_MARK)
     runs = [open_run(path, hashes=False) for path in arguments.runs]
     stdout.print(compare_table(runs))
     differences = differences_table(runs)

@@ -38,10 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
     with importing_libraries():
         from finetune.commands.compare import write_page
         from finetune.console import stdout
+        from finetune.files import require_own
         from finetune.models.sources import describe_model
+        from finetune.report.page import PAGE_MARK
         from finetune.report.preview import preview_html, print_preview
         from finetune.training.train import prepare_job
 
+    if arguments.html is not None:
+        require_own(arguments.html, "--html", PAGE_MARK)
     job = prepare_job(recipe, find=describe_model)
     first = arguments.row or 1
     count = arguments.rows or (1 if arguments.row else _DEFAULT_ROWS)

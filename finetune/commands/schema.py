@@ -16,13 +16,18 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Write the schema."""
-    from finetune.recipe.json_schema import schema_json
+    from finetune.files import require_own, write_atomic
+    from finetune.recipe.json_schema import SCHEMA_MARK, schema_json
 
     if arguments.output is None:
         sys.stdout.write(schema_json())
         return EXIT_OK
+    folder = arguments.output.parent
+    if not folder.is_dir():
+        raise BadInputError(f"--output {arguments.output}: cannot be written: there is no directory {folder}")
+    require_own(arguments.output, "--output", SCHEMA_MARK)
     try:
-        arguments.output.write_text(schema_json(), encoding="utf-8")
+        write_atomic(arguments.output, schema_json())
     except OSError as error:
         raise BadInputError(f"--output {arguments.output}: cannot be written: {error.strerror}") from None
     return EXIT_OK

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
+from gguf import (
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    quant_shape_to_byte_shape,
+    quantize,
+)
 
 from finetune.console import progress_bar
 from finetune.errors import FinetuneError
@@ -41,6 +50,13 @@ class GgufTensor:
     def num_bytes(self) -> int:
         """Bytes in the file."""
         return int(np.prod(quant_shape_to_byte_shape(self.shape, self.type)))
+
+
+def own_mark(kind: str, name: str) -> re.Pattern[bytes]:
+    """How a GGUF file of `kind` (`model`, `adapter`) that was written under `name` opens: its keys, as stored."""
+    pairs = (("general.type", kind.encode()), ("general.name", name.encode()))
+    stored = [key.encode() + struct.pack("<IQ", GGUFValueType.STRING, len(value)) + value for key, value in pairs]
+    return re.compile(rb"GGUF.{0,200}?%b.{8}%b" % tuple(map(re.escape, stored)), re.DOTALL)
 
 
 def weight_type(name: str, shape: Sequence[int], wanted: str) -> GGMLQuantizationType:

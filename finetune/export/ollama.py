@@ -7,6 +7,7 @@ template that does more than put text around messages fails that and is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ Message = dict[str, str]
 Render = Callable[[list[Message], bool], str]  # (messages, add_generation_prompt) -> text
 
 MODEL_FILE = "model.gguf"
+MODELFILE = "Modelfile"
+# What it opens with.
+MODELFILE_MARK = re.compile(rb"FROM \./model\.gguf\n")
 # What tells Alpaca's questions with an input from those without one; each kind has its own opening line.
 _INPUT = "\n\n### Input:\n"
 _ROLES = ("system", "user", "assistant")
@@ -121,7 +125,7 @@ def modelfile(template: TurnTemplate, stops: list[str], system: str | None, mode
 
 def write_modelfile(folder: Path, text: str) -> Path:
     """Write the Modelfile into `folder`."""
-    path = folder / "Modelfile"
+    path = folder / MODELFILE
     write_atomic(path, text)
     return path
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import BadInputError
+from finetune.files import require_own
 
 if TYPE_CHECKING:
     from finetune.models.sources import ModelSource
@@ -48,20 +49,24 @@ class Target:
 
 def export_gguf(job: Job, type_name: str) -> list[str]:
     """Write the merged model as one GGUF file."""
+    from finetune.export.gguf_file import own_mark
     from finetune.export.gguf_model import write_model
 
     path = job.path(f"{job.name}-{type_name}.gguf")
+    require_own(path, "--out", own_mark("model", job.name))
     write_model(job.source, path, type_name, job.name)
     return [f"wrote     {path}", f"start     llama-server --jinja -m {_quote(path)}"]
 
 
 def export_gguf_lora(job: Job, type_name: str) -> list[str]:
     """Write the adapter as a GGUF LoRA for the GGUF file of its base."""
+    from finetune.export.gguf_file import own_mark
     from finetune.export.gguf_lora import write_lora
     from finetune.models.load import load_config
 
     recipe, source = _base(job)
     path = job.path(f"{job.name}-lora-{type_name}.gguf")
+    require_own(path, "--out", own_mark("adapter", job.name))
     write_lora(job.source, load_config(recipe.model, source), path, type_name, job.name)
     name = recipe.model.name.removeprefix("package://").rpartition("/")[2]
     base = shlex.quote(name) if name.endswith(".gguf") else "BASE.gguf"
@@ -70,10 +75,13 @@ def export_gguf_lora(job: Job, type_name: str) -> list[str]:
 
 def export_ollama(job: Job, type_name: str) -> list[str]:
     """Write a directory for `ollama create`: the merged model as GGUF, and its Modelfile."""
+    from finetune.export.gguf_file import own_mark
     from finetune.export.gguf_model import write_model
-    from finetune.export.ollama import MODEL_FILE, write_modelfile
+    from finetune.export.ollama import MODEL_FILE, MODELFILE, MODELFILE_MARK, write_modelfile
 
     folder = job.path(f"{job.name}-ollama")
+    require_own(folder / MODEL_FILE, "--out", own_mark("model", job.name))
+    require_own(folder / MODELFILE, "--out", MODELFILE_MARK)
     # The template first: it may be refused, and weights take minutes.
     text = _modelfile(job)
     write_model(job.source, folder / MODEL_FILE, type_name, job.name)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 from finetune.recipe.keys import json_schema
+
+# A schema as `schema_json` writes it: its own title, not that of a key in it.
+SCHEMA_MARK = re.compile(rb'\{\n  "\$schema": .*\n  "title": "finetune recipe"', re.DOTALL)
 
 
 def schema_json() -> str:

@@ -12,6 +12,8 @@ from finetune import __version__
 
 _COMMAND = re.compile(r"`([^`]+)`")
 _FOLDER = Path(__file__).parent
+# A page as `page` writes it, its footer included.
+PAGE_MARK = re.compile(rb"<!doctype html>.*<footer>[^<]* by finetune [^<]*</footer>", re.DOTALL)
 
 
 def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], *, what: str, contents: bool = True) -> str:

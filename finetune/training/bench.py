@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -237,6 +238,10 @@ def _report(recipe: Any, results: dict[str, VariantResult], steps: int) -> dict[
         "variants": [result.summary(ran[0]) for result in results.values()],
         "rounds": rounds,
     }
+
+
+# What `_report`'s keys make a file of figures open with.
+REPORT_MARK = re.compile(rb'\{\n  "recipe": ')
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

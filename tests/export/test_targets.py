@@ -71,6 +71,32 @@ def test_gguf_lora(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert GGUFReader(tmp_path / "x.gguf").fields["adapter.type"].contents() == "lora"
 
 
+@pytest.mark.parametrize("target", ["gguf", "gguf-lora", "ollama"])
+def test_only_an_earlier_export_is_replaced(
+    target: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, before = (
+        run / "adapter" / "adapter_model.safetensors",
+        sha256_file(run / "adapter/adapter_model.safetensors"),
+    )
+    out = tmp_path / "x"
+    command = ["export", str(run), "--to", target, "--out"]
+    assert [main([*command, str(out)]) for _ in range(2)] == [0, 0]
+    if target == "ollama":
+        (out / "Modelfile").write_text("FROM mine\n")
+        assert main([*command, str(out)]) == 2
+        assert f"{out}/Modelfile: exists, and is no earlier output" in capsys.readouterr().err
+        return
+    other = {"gguf": "gguf-lora", "gguf-lora": "gguf"}[target]
+    base = tmp_path / "base.gguf"
+    assert main(["export", str(run), "--to", other, "--out", str(base)]) == 0
+    for path in (adapter, base):
+        assert main([*command, str(path)]) == 2
+        assert f"--out {path}: exists, and is no earlier output of this command" in capsys.readouterr().err
+    assert main([*command, str(tmp_path)]) == 2 and "is a directory; name a file" in capsys.readouterr().err
+    assert sha256_file(adapter) == before
+
+
 def test_ollama(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run), "--to", "ollama"]) == 0
     folder = run / "export" / "tiny-ollama"

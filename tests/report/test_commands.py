@@ -74,6 +74,10 @@ def test_compare_sets_numbers_and_recipes_side_by_side(tmp_path: Path, capsys: p
     assert differences == [("evaluation.source.path", ["–", "/data/test.jsonl"])]
     html = page.read_text()
     assert html.count('<figure class="chart') == 6 and html.count('class="line s2"') == 5
+    pages = [str(page), str(one.root / "recipe.yaml"), str(one.root)]
+    assert [main(["compare", str(one.root), str(two.root), "--html", each]) for each in pages] == [0, 2, 2]
+    err = capsys.readouterr().err
+    assert "recipe.yaml: exists, and is no earlier output" in err and "one: is a directory; name a file in it" in err
     assert main(["compare", str(one.root), str(one.root)]) == 0
     assert "The recipes are the same" in capsys.readouterr().out
 

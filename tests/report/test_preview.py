@@ -145,6 +145,11 @@ def test_the_command_end_to_end(tmp_path: Path, model: Path, capsys: pytest.Capt
     page = tmp_path / "preview.html"
     assert main(["preview", str(file), "--rows", "1", "--html", str(page)]) == 0
     assert page.read_text().count('<section id="row-') == 1
+    assert main(["preview", str(file), "--rows", "1", "--html", str(page)]) == 0
+    capsys.readouterr()
+    assert main(["preview", str(file), "--html", str(tmp_path / "rows.jsonl")]) == 2
+    assert "rows.jsonl: exists, and is no earlier output of this command" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 12
     assert not (tmp_path / "runs").exists()  # looking leaves nothing behind
 
 
