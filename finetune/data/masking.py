@@ -7,9 +7,6 @@ its own, whose prompt is, id for id, the prompt that a server would send.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,10 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data.formats import FORMATS, Conversation, Message, RowError, Tools, is_trained, parse_conversation
+from finetune.data.formats import (
+    FORMATS,
+    Conversation,
+    Message,
+    RowError,
+    Tools,
+    digest_of,
+    is_trained,
+    parse_conversation,
+)
 from finetune.data.ledger import SPLIT, TRUNCATED, WHOLE
 from finetune.data.sources import RawRow
-from finetune.data.template import apply_system, render, token_pattern
+from finetune.data.template import apply_system, check_shown, hidden_keys, render, token_pattern
 from finetune.errors import DataError
 
 MALFORMED = "malformed"
@@ -154,7 +160,7 @@ class Encoder:
         conversation = self.conversation(raw)
         messages, tools = conversation
         pending = Pending(raw, digest_of(conversation))
-        counts["rows_of_hidden_tools"] += bool(tools) and not re.search(r"\btools\b", self.source)
+        counts.update(f"hidden {key}" for key in hidden_keys(self.source, conversation))
         if self.format == "text":
             pending.text, pending.is_plain = messages[0]["content"], True
             return pending
@@ -172,6 +178,8 @@ class Encoder:
         if not wanted:
             raise NoAssistantTurn(f"every assistant turn that data.train_on ({self.train_on}) means has weight 0")
         turns = [self.render_turn(messages[: index + 1], tools) for index in wanted]
+        for index, turn in zip(wanted, turns, strict=True):
+            check_shown(turn.text[turn.start :].removesuffix(self.terminator), messages[index])
         last = turns[-1]
         if all(last.text.startswith(turn.text) for turn in turns):
             pending.turns = [last]
@@ -390,10 +398,3 @@ def _split(tokens: np.ndarray, mask: np.ndarray, limit: int) -> list[tuple[np.nd
         kept[0] = kept[0] and start == 0
         pieces.append((tokens[start : start + limit], kept))
     return pieces
-
-
-def digest_of(row: Conversation) -> int:
-    """64 bits of a hash of a row's messages, and tools if it has any: rows of equal content are equal rows."""
-    content = row if row.tools else row.messages
-    text = json.dumps(content, ensure_ascii=True, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

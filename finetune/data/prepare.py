@@ -14,7 +14,7 @@ from finetune.console import progress_bar, say, warn
 from finetune.data.answers import expected_answer
 from finetune.data.cache import Store, cache_key, open_store, write_store
 from finetune.data.dataset import TokenDataset
-from finetune.data.formats import Message, RowError, Tools, is_trained, recognize_format
+from finetune.data.formats import Message, RowError, Tools, digest_of, is_trained, recognize_format
 from finetune.data.ledger import (
     SPLIT,
     TRUNCATED,
@@ -24,7 +24,7 @@ from finetune.data.ledger import (
     check_no_over_length,
     check_source,
 )
-from finetune.data.masking import MALFORMED, Chunk, Encoder, digest_of
+from finetune.data.masking import MALFORMED, Chunk, Encoder
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
 from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
 from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, special_tokens_of
@@ -198,8 +198,10 @@ def _open(
         max_rejected_share=data.max_rejected_share,
         max_over_length_share=data.max_over_length_share,
     )
-    if hidden := store.meta["counts"].get("rows_of_hidden_tools"):
-        warn(f"{source.title}: {hidden:,} rows have tools, which the chat template ({template.name}) does not show")
+    for name, count in store.meta["counts"].items():
+        if name.startswith(hidden := "hidden "):
+            what = f"{count:,} rows have {name.removeprefix(hidden)}"
+            warn(f"{source.title}: {what}, which the chat template ({template.name}) does not show")
     say(f"{source.title}: {account.rows_kept:,} rows, format {account.format}, cache {cache}")
     return Opened(source, store, account)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import say, warn
-from finetune.data.formats import Message, Tools
+from finetune.data.formats import Conversation, Message, RowError, Tools
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _PROBE_SYSTEM = "finetune probe instructions"
 _PROBE_ANSWER = "finetune probe answer"
 # An id of nine characters, as Mistral's templates ask for.
 _PROBE_CALL: Message = {"type": "function", "id": "finetune0", "function": {"name": "finetune_probe", "arguments": {}}}
+# What an assistant's turn may hold beside its content: calls of tools, and its thoughts as servers name them.
+_BESIDE_TEXT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
@@ -158,6 +160,27 @@ def apply_system(messages: list[Message], system: str | None, system_role: bool)
         if field in merged:
             merged[field] = f"{opening}\n\n{merged[field]}"
     return [merged, *messages[2:]]
+
+
+def hidden_keys(source: str, row: Conversation) -> list[str]:
+    """What `row` has beside its texts and the Jinja template `source` never names, so that no model sees it."""
+    found = {key for message in row.messages for key in _BESIDE_TEXT if message.get(key)}
+    found.update(["tools"] if row.tools else [])
+    return sorted(key for key in found if not re.search(rf"\b{key}\b", source))
+
+
+def check_shown(text: str, message: Message) -> None:
+    """Whether a template has written anything of an assistant's turn: `text`, without the terminator.
+
+    Raises:
+        RowError: it has not: the model would learn to answer with nothing.
+    """
+    if not text.strip():
+        found = ", ".join(key for key in message if key not in ("role", "weight") and message[key])
+        raise RowError(
+            f"an assistant turn that holds {found} is empty as the chat template writes it, and would be trained as "
+            "an empty answer; set a data.template that shows it, give the turn weight 0, or leave the row out"
+        )
 
 
 def bos_habit(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -145,6 +145,28 @@ def test_tools_that_the_template_does_not_show_are_said(
         assert "1 rows have tools, which the chat template (tokenizer) does not show" in capsys.readouterr().err
 
 
+def test_fm29_tool_calls_that_the_template_does_not_show(
+    tokenizer_of: Tokenizers, section: Sections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    row = {"messages": [*chat("hello", "hi")["messages"], {"role": "user", "content": "x"}, call]}
+    thoughts = chat("hello", "hi")
+    thoughts["messages"][1]["reasoning_content"] = "k"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: an assistant turn that holds tool_calls is empty as the chat"):
+        prepare(tokenizer_of("llama3"), section([row, thoughts]))
+    capsys.readouterr()
+    unseen = {**call, "weight": 0}
+    for _ in ("made", "found"):
+        prepare(tokenizer_of("llama3"), section([{"messages": [*row["messages"][:-1], unseen]}, thoughts]))
+        err = capsys.readouterr().err
+        assert "1 rows have reasoning_content, which the chat template (tokenizer) does not show" in err
+        assert "1 rows have tool_calls, which the chat template (tokenizer) does not show" in err
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    prepared, _ = prepare(tokenizer, section([row]))
+    assert "have tool_calls" not in capsys.readouterr().err and prepared.ledger.sources[0].rows_kept == 1
+
+
 def test_no_answers_at_all(tokenizer_of: Tokenizers, section: Sections) -> None:
     with pytest.raises(DataError, match="nothing to learn"):
         prepare(tokenizer_of("llama3"), section([{"messages": [{"role": "user", "content": "x"}]}]))
