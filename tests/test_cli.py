@@ -82,6 +82,7 @@ def test_version() -> None:
     [
         (("rnu", "x"), "unknown verb rnu; did you mean run?"),
         (("zzz",), "unknown verb zzz; accepts run, "),
+        (("check", "x.yaml", "--devices", "0"), "argument --devices: 0: must be at least 1"),
         (("schema", "--nope"), "unrecognized arguments: --nope"),
         (("schema", "-o", "/no/such/folder/x"), "error: --output /no/such/folder/x: cannot be written"),
         (
@@ -97,6 +98,16 @@ def test_mistakes_exit_2_without_a_traceback(arguments: tuple[str, ...], part: s
     assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_what_a_terminal_cannot_show_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "generate", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert b'"prompt": ?' in done.stdout and not done.stderr
 
 
 def test_overrides_may_stand_behind_options(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ LONGEST_FUNCTION = 60
 LAYERS = (
     {
         "",
+        "arguments",
         "errors",
         "console",
         "distributed",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from finetune.arguments import positive
 from finetune.errors import EXIT_OK
 
 
@@ -16,8 +17,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("train",), help="what is measured")
     parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
-    parser.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed optimizer steps of a round (5)")
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="rounds of all variants (3)")
+    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="timed optimizer steps of a round (5)")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds of all variants (3)")
     parser.add_argument(
         "--variants",
         default=",".join(DEFAULT_VARIANTS),
@@ -27,13 +28,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write a torch profiler trace of each variant")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from finetune.arguments import not_negative, positive, seed, share
 from finetune.console import say, warn
 from finetune.errors import EXIT_OK, BadInputError, DataError
 
@@ -35,15 +37,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="the bare base answers too, in a conversation of its own"
     )
     parser.add_argument("--base", action="store_true", help="the base model without the adapter")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this mass (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer (default: 512)"
+    )
+    parser.add_argument("--temperature", type=not_negative, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="sample from this mass (default: 1)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer every line of standard input until it ends."""
-    _check(arguments)
+    if arguments.base and arguments.compare:
+        raise BadInputError("--compare shows the base beside the adapter; leave --base out")
 
     from finetune.models.startup import importing_libraries
 
@@ -294,6 +299,8 @@ def _generation_config(loaded: LoadedRun, arguments: argparse.Namespace, room: i
 def read_lines() -> Iterator[str]:
     """The user's lines, asked for on a terminal; empty ones are passed over."""
     is_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the answer to such a line says what is wrong with it
     if is_terminal:
         import readline  # noqa: F401 - line editing and history for input()
     while True:
@@ -303,14 +310,3 @@ def read_lines() -> Iterator[str]:
             return
         if line:
             yield line
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    if arguments.base and arguments.compare:
-        raise BadInputError("--compare shows the base beside the adapter; leave --base out")
-    if arguments.max_new_tokens < 1:
-        raise BadInputError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise BadInputError(f"--temperature {arguments.temperature}: must be 0 or more")
-    if not 0 < arguments.top_p <= 1:
-        raise BadInputError(f"--top-p {arguments.top_p}: must be above 0 and at most 1")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from finetune.arguments import positive
 from finetune.errors import EXIT_BAD_INPUT, EXIT_OK, RecipeError
 from finetune.findings import Finding, error, in_order, run_checks
 from finetune.recipe.load import load_recipe
@@ -26,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--gpu", type=_size, metavar="SIZE", help="as if there were GPUs of this size, e.g. 24GB")
-    parser.add_argument("--devices", type=int, metavar="N", help="as if there were so many devices")
+    parser.add_argument("--devices", type=positive, metavar="N", help="as if there were so many devices")
     parser.add_argument("--no-model", action="store_true", help="only what needs neither model nor data: under 2 s")
 
 
@@ -97,7 +98,7 @@ def _print(found: list[Finding], *, as_json: bool) -> None:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?i?B?)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMGT]?i?B?)", text.strip(), re.IGNORECASE)
     unit = "" if match is None else match[2].upper()
     unit = unit if not unit or unit.endswith("B") else f"{unit}B"
     if match is None or unit not in _UNITS:

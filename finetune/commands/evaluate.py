@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.arguments import positive
 from finetune.console import progress_bar, say, stdout, warn
 from finetune.errors import EXIT_OK, BadInputError, DataError
 from finetune.files import write_atomic
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merged", type=Path, metavar="DIR", help="a merged model (default: what finetune merge RUN wrote)"
     )
-    parser.add_argument("--rows", type=_positive, metavar="N", help="only the first test rows (default: the recipe's)")
+    parser.add_argument("--rows", type=positive, metavar="N", help="only the first test rows (default: the recipe's)")
     parser.add_argument(
         "--lm-eval",
         metavar="TASKS",
@@ -238,10 +239,3 @@ def _print(results: dict[str, Metrics]) -> None:
     from finetune.evaluation.tables import models_table
 
     stdout.print(models_table(results))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value

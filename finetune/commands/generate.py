@@ -6,10 +6,11 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from finetune.arguments import not_negative, positive, seed, share
 from finetune.console import say
-from finetune.errors import EXIT_OK, BadInputError, DataError
+from finetune.errors import EXIT_OK, BadInputError
 
 if TYPE_CHECKING:
     from finetune.data.formats import Conversation
@@ -32,21 +33,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file",
         type=Path,
-        help='one prompt per line of a text file; or a .jsonl file of strings, {"prompt": …} or {"messages": […]}, '
-        'which may have "tools": […]',
+        help="one prompt per line of a text file; or rows of a .jsonl, .json, .csv or .parquet file: strings, "
+        '{"prompt": …}, or {"messages": […]}, which may have "tools": […] and whose last answer is left out',
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
-    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the recipe's")
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="sample from this mass (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="default: the recipe's")
+    parser.add_argument("--temperature", type=not_negative, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="sample from this mass (default: 1)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--base", action="store_true", help="the base model without the adapter")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Complete every prompt and print the completions in order."""
-    prompts = [_parse_text(text, "") for text in arguments.prompt]
+    from finetune.data.formats import Conversation, RowError, check_unicode
+    from finetune.data.prompts import read_prompts
+
+    try:
+        check_unicode(arguments.system, "--system")
+        check_unicode(arguments.prompt, "--prompt")
+    except RowError as error:
+        raise BadInputError(str(error)) from None
+    prompts = [Conversation([{"role": "user", "content": text}]) for text in arguments.prompt]
     if arguments.file is not None:
         prompts += read_prompts(arguments.file)
     if not prompts:
@@ -141,68 +150,3 @@ def _say_speed(completions: list[Completion], seconds: float) -> None:
     line = f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.1f} tokens/s), "
     line += f"peak memory {peak_memory_bytes() / 1e9:.2f} GB"
     say(f"{line}, {cut} cut at --max-new-tokens" if cut else line)
-
-
-def read_prompts(path: Path) -> list[Conversation]:
-    """The prompts of a file; empty lines are passed over.
-
-    Raises:
-        DataError: the file cannot be read, or a line is no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    parse = _parse_json if path.suffix in (".jsonl", ".json") else _parse_text
-    return [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parse_text(line: str, _: str) -> Conversation:
-    from finetune.data.formats import Conversation
-
-    return Conversation([{"role": "user", "content": line}])
-
-
-def _parse_json(line: str, where: str) -> Conversation:
-    from finetune.data.formats import Conversation, Fields, RowError
-
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: is not JSON: {error}") from error
-    if isinstance(value, dict):
-        messages = value.get("messages")
-        if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-            try:
-                return Conversation(messages, Fields(value, {}).tools())
-            except RowError as error:
-                raise DataError(f"{where}: {error}") from error
-        value = value.get("prompt")
-    if not isinstance(value, str) or not value:
-        raise DataError(f'{where}: is no prompt; accepted are a string, {{"prompt": "…"}} and {{"messages": […]}}')
-    return _parse_text(value, where)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
-    return value

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.arguments import positive
 from finetune.errors import EXIT_OK, BadInputError
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import find_recipe
@@ -24,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
-    parser.add_argument("--row", type=_positive, metavar="N", help="only the N-th row, in the order of training")
-    parser.add_argument("--rows", type=_positive, metavar="K", help=f"so many rows (default: {_DEFAULT_ROWS})")
+    parser.add_argument("--row", type=positive, metavar="N", help="only the N-th row, in the order of training")
+    parser.add_argument("--rows", type=positive, metavar="K", help=f"so many rows (default: {_DEFAULT_ROWS})")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page instead")
 
 
@@ -109,10 +110,3 @@ def _rows(job: Job, first: int | None) -> Iterator[RowView]:
                 number += 1
                 if first is None or number >= first:
                     yield RowView(number, step + 1, segments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value

@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from finetune.arguments import not_negative
 from finetune.errors import EXIT_OK
 
 # States that a run does not leave by itself, and what is said of them; `{step}` is the last one done.
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0.1 <= value < float("inf"):
+    value = not_negative(text)
+    if value < 0.1:
         raise argparse.ArgumentTypeError(f"{text}: must be 0.1 or more")
     return value

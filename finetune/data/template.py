@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import say, warn
-from finetune.data.formats import Conversation, Message, RowError, Tools
+from finetune.data.formats import Conversation, Message, RowError, Tools, check_unicode
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -110,10 +110,14 @@ def encode_prompt(
     `tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True)`.
 
     Raises:
-        DataError: the template refuses these messages.
+        DataError: the template refuses these messages, or a text is not valid Unicode.
     """
     full = apply_system(messages, system, template.system_role)
     text = render(template.source, dict(tokenizer.special_tokens_map), full, tools, add_generation_prompt=True)
+    try:
+        check_unicode(text, "the conversation")
+    except RowError as error:
+        raise DataError(str(error)) from None
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

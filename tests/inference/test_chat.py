@@ -182,5 +182,15 @@ def test_indented_lines_keep_their_spaces(capsys: pytest.CaptureFixture[str]) ->
     ],
 )
 def test_bad_options_exit_2(options: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", "nowhere", *options]) == 2
-    assert part in capsys.readouterr().err
+    try:
+        code = main(["chat", "nowhere", *options])
+    except SystemExit as caught:  # argparse's
+        code = int(caught.code or 0)
+    assert code == 2 and part in capsys.readouterr().err
+
+
+def test_a_line_that_is_not_valid_unicode_is_said(make_run: MakeRun, talk: Any, shown: Any) -> None:
+    run, _ = make_run("adapter")
+    out, err = talk(run, "\udcff", "hello")
+    assert "the conversation holds text that is not valid Unicode" in err and out.strip()
+    assert [turn["content"] for turn in shown[-1] if turn["role"] == "user"] == ["hello"]

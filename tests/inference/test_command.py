@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.cli import main
-from finetune.commands.generate import read_prompts
+from finetune.data.prompts import read_prompts
 from finetune.errors import DataError
 from finetune.inference import generate as module
 
@@ -78,11 +78,45 @@ def test_prompts_are_read_from_text_and_json_lines(tmp_path: Path) -> None:
     assert read_prompts(lines) == [([{"role": "user", "content": "four"}], [{"name": "f"}])]
 
 
+def test_prompts_are_read_as_training_reads_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def read(name: str, content: str) -> list[Any]:
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8", newline="")
+        return [[turn["content"] for turn in prompt.messages] for prompt in read_prompts(path)]
+
+    assert read("a.txt", "one\u2028two\x85\r\nthree") == [["one\u2028two\x85"], ["three"]]
+    row = json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False)
+    for name in ("a.jsonl", "a.ndjson", "a.JSONL"):
+        assert read(name, f"{row}\n") == [["one\u2028two"]]
+    assert read("a.json", f'[{row}, "three"]') == [["one\u2028two"], ["three"]]
+    assert read("a.csv", "prompt,completion\nhello,hi\n") == [["hello"]]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    turns = [{"role": "user", "content": "x"}, call, {"role": "tool", "content": "1"}]
+    capsys.readouterr()
+    answered = [*turns, {"role": "assistant", "content": "gold"}]
+    lines = "".join(json.dumps({"messages": each}) + "\n" for each in (turns, answered))
+    assert read("b.jsonl", lines) == [["x", "", "1"]] * 2
+    assert "1 conversations end in an answer, which is left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"c\.csv:2: is no prompt; .*columns found: question, answer"):
+        read("c.csv", "question,answer\nhello,hi\n")
+
+
 TOOLS = '{"messages": [{"role": "user", "content": "x"}], "tools": 3}'
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "3", '{"text": "x"}', '{"messages": []}', '{"messages": [{"role": "user"}]}', TOOLS]
+    "line",
+    [
+        "{",
+        "3",
+        '"\\ud800"',
+        '{"prompt": "\\ud800"}',
+        '{"messages": [{"role": "assistant", "content": "x"}]}',
+        '{"text": "x"}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        TOOLS,
+    ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"
@@ -97,7 +131,17 @@ def test_bad_arguments_exit_with_2(make_run: MakeRun, tmp_path: Path, capsys: py
     assert "--prompt" in capsys.readouterr().err
     assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
     assert "nowhere: no such directory" in capsys.readouterr().err
-    for wrong in (["--top-p", "0"], ["--temperature", "-1"], ["--max-new-tokens", "0"]):
+    for option in ("--prompt", "--system"):
+        assert main(["generate", str(run), "--prompt", "x", option, "\udcff"]) == 2
+        assert f"{option} holds text that is not valid Unicode" in capsys.readouterr().err
+    for option, value, why in (
+        ("--top-p", "0", "must be above 0 and at most 1"),
+        ("--temperature", "-1", "must be 0 or more"),
+        ("--temperature", "warm", "must be a number"),
+        ("--max-new-tokens", "0", "must be at least 1"),
+        ("--max-new-tokens", "abc", "must be a whole number"),
+        ("--seed", str(2**70), f"must be at most {2**63 - 1}"),
+    ):
         with pytest.raises(SystemExit) as caught:
-            main(["generate", str(run), "--prompt", "x", *wrong])
-        assert caught.value.code == 2
+            main(["generate", str(run), "--prompt", "x", option, value])
+        assert caught.value.code == 2 and f"argument {option}: {value}: {why}" in capsys.readouterr().err

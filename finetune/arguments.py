@@ -1,0 +1,51 @@
+"""Types of command-line arguments: what a verb accepts, in the words that argparse puts behind the option."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1, None)
+
+
+def seed(text: str) -> int:
+    """A seed that random generators take, as the recipe's."""
+    return _whole(text, 0, 2**63 - 1)
+
+
+def not_negative(text: str) -> float:
+    """A number of 0 or more."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    return value
+
+
+def _whole(text: str, least: int, most: int | None) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+    if most is not None and value > most:
+        raise argparse.ArgumentTypeError(f"{text}: must be at most {most}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number") from None
