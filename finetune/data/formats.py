@@ -278,10 +278,10 @@ def recognize_format(wanted: str, columns: Mapping[str, str], found: Iterable[st
             _check_fields(name, shape, columns, where)
             return name
     shapes = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in FORMATS.items())
-    raise DataError(
-        f"{where}: no known format has these columns. Columns found: {listed}. Known: {shapes}. "
-        "Map yours, e.g. columns: {instruction: question, output: answer}, or let `finetune new` guess."
-    )
+    advice = "Map yours, e.g. columns: {instruction: question, output: answer}, or let `finetune new` guess."
+    if where.startswith("--"):  # an option of `finetune new`, which could not
+        advice = "Rename yours, or write a recipe with columns: {instruction: your_column, output: your_column}."
+    raise DataError(f"{where}: no known format has these columns. Columns found: {listed}. Known: {shapes}. {advice}")
 
 
 def _check_fields(name: str, shape: Format, columns: Mapping[str, str], where: str) -> None:

@@ -7,11 +7,13 @@ that a changed byte is a changed data set.
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from finetune.recipe.schema import SourceSection
 
 _BLOCK_BYTES = 1 << 20
+# Spreadsheets write semicolons where the comma is the decimal mark.
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -86,9 +90,14 @@ def open_source(section: SourceSection, where: str) -> Source:
                 for number, payload in reader(file):
                     yield RawRow(index, number, payload)
             except OSError as error:
-                raise DataError(f"{where}.path: {file} cannot be read: {error.strerror or error}.") from error
+                raise DataError(f"{path_key(where)}: {file} cannot be read: {error.strerror or error}.") from error
 
     return Source(where, section.path, kind, names, digest.hexdigest(), hint, rows)
+
+
+def path_key(where: str) -> str:
+    """What names a source's path: a key in the recipe at `where`, or the option that `where` is."""
+    return where if where.startswith("--") else f"{where}.path"
 
 
 def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
@@ -109,7 +118,9 @@ def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
         first = rows[0].payload
         why = f": {first}" if isinstance(first, RowError) else ""
         origin = source.origin(rows[0].file, rows[0].number)
-        raise DataError(f"{source.where}.path: none of the first {len(rows)} rows is an object (see {origin}{why}).")
+        raise DataError(
+            f"{path_key(source.where)}: none of the first {len(rows)} rows is an object (see {origin}{why})."
+        )
     return list(found)
 
 
@@ -130,24 +141,24 @@ def _find_files(path: str, where: str) -> list[Path] | None:
         found = (file for file in target.rglob("*") if not _hidden(file.relative_to(target)))
         files = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
         if not files:
-            raise DataError(f"{where}.path: the folder {path} holds no file of a known kind ({accepted}).")
+            raise DataError(f"{path_key(where)}: the folder {path} holds no file of a known kind ({accepted}).")
     elif any(sign in path for sign in "*?["):
         files = sorted(Path(name) for name in glob.glob(str(target), recursive=True) if Path(name).is_file())
         if not files:
-            raise DataError(f"{where}.path: no file matches {path} (seen from {Path.cwd()}).")
+            raise DataError(f"{path_key(where)}: no file matches {path} (seen from {Path.cwd()}).")
     elif target.suffix.lower() in READERS or not _HUB_ID.fullmatch(path):
-        raise DataError(f"{where}.path: there is no file {path} (seen from {Path.cwd()}).")
+        raise DataError(f"{path_key(where)}: there is no file {path} (seen from {Path.cwd()}).")
     else:
         return None
     kinds = sorted({file.suffix.lower() for file in files})
     unknown = [kind for kind in kinds if kind not in READERS]
     if unknown:
         raise DataError(
-            f"{where}.path: {path} is of an unknown kind ({unknown[0] or 'no suffix'}). Accepted: {accepted}."
+            f"{path_key(where)}: {path} is of an unknown kind ({unknown[0] or 'no suffix'}). Accepted: {accepted}."
         )
     if len(kinds) > 1:
         raise DataError(
-            f"{where}.path: {path} holds files of several kinds ({', '.join(kinds)}). "
+            f"{path_key(where)}: {path} holds files of several kinds ({', '.join(kinds)}). "
             f"Name one kind with a glob, e.g. {path.rstrip('/')}/*{kinds[0]}, or list several sources."
         )
     return files
@@ -168,7 +179,7 @@ def _hash_file(file: Path, digest: Any, where: str) -> int:
                 lines += block.count(b"\n")
                 last = block[-1:]
     except OSError as error:
-        raise DataError(f"{where}.path: {file} cannot be read: {error.strerror or error}.") from error
+        raise DataError(f"{path_key(where)}: {file} cannot be read: {error.strerror or error}.") from error
     digest.update(own.digest())
     return lines + (last != b"\n")
 
@@ -206,21 +217,49 @@ def _read_csv(file: Path) -> Numbered:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else _find_delimiter(file, text)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     before = 1
     try:
         header = reader.fieldnames or ()
+        if repeated := [name for name, count in Counter(header).items() if count > 1 and name]:
+            raise DataError(f"{file}:1: the column {repeated[0]!r} stands in the header twice; rename or remove one.")
         for row in reader:
             surplus: Any = row.pop(None, [])  # cells beyond the header; columns that a short row lacks are None
-            yield before + 1, _surplus_cells(len(header), surplus) if any(map(str.strip, surplus)) else row
+            is_surplus = any(map(str.strip, surplus))
+            yield before + 1, _surplus_cells(len(header), surplus, delimiter) if is_surplus else row
             before = reader.line_num
     except csv.Error as error:
         hint = "; a quote is never closed" if "unexpected end" in str(error) else ""
         raise DataError(f"{file}:{before + 1} is not valid CSV: {error}{hint}.") from error
 
 
-def _surplus_cells(header: int, surplus: list[str]) -> RowError:
-    return RowError(f"the row has {header + len(surplus)} cells, the header {header}: a comma without quotes?")
+def _find_delimiter(file: Path, text: str) -> str:
+    """What stands between the cells: a comma, or what alone splits a header in which there is none."""
+    opening = text[:_BLOCK_BYTES]
+
+    def splits(delimiter: str) -> bool:
+        return len(next(csv.reader(io.StringIO(opening, newline=""), delimiter=delimiter), ())) > 1
+
+    found = [] if splits(",") else [delimiter for delimiter in _DELIMITERS if delimiter != "," and splits(delimiter)]
+    if len(found) > 1:
+        names = " and by ".join(_DELIMITERS[delimiter] for delimiter in found)
+        raise DataError(f"{file}:1: the header has no comma, and is split by {names}; save the file with commas.")
+    if not found:
+        return ","
+    _say_delimiter(file, found[0])
+    return found[0]
+
+
+@functools.cache
+def _say_delimiter(file: Path, delimiter: str) -> None:
+    """Once a process, though a file is read more than once."""
+    say(f"{file}: its cells are taken to be split by {_DELIMITERS[delimiter]}")
+
+
+def _surplus_cells(header: int, surplus: list[str], delimiter: str) -> RowError:
+    what = _DELIMITERS[delimiter].removesuffix("s")
+    return RowError(f"the row has {header + len(surplus)} cells, the header {header}: a {what} without quotes?")
 
 
 def _read_parquet(file: Path) -> Numbered:
@@ -262,6 +301,7 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
@@ -278,7 +318,7 @@ def _open_hub(section: SourceSection, where: str) -> Source:
         table = datasets.load_dataset(section.path, name=section.name, split=section.split, revision=section.revision)
     except Exception as error:  # the hub, the network, a builder: datasets wraps them in many types
         raise DataError(
-            f"{where}.path: {section.path!r} is no file or folder seen from {Path.cwd()}, and as a hub data "
+            f"{path_key(where)}: {section.path!r} is no file or folder seen from {Path.cwd()}, and as a hub data "
             f"set (name: {section.name}, split: {section.split}, revision: {section.revision}) it could not "
             f"be loaded: {type(error).__name__}: {first_line(error)} Check the spelling, name and split; without "
             "network, download the files elsewhere and name them here."

@@ -11,7 +11,7 @@ from finetune.recipe.lines import KeyPath
 from finetune.recipe.overrides import Origins
 
 _MODEL_SUFFIXES = (".gguf",)
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz", ".zst")
+_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
 _TEMPLATE_SUFFIXES = (".jinja", ".jinja2")
 _GLOB = frozenset("*?[")
 

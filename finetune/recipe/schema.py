@@ -95,7 +95,7 @@ class SourceSection(Section):
     """Where rows come from and what their columns mean."""
 
     path: Annotated[str, Field(min_length=1)] = Field(
-        description="A json, jsonl, csv, parquet or txt file, a folder or glob of them, or a hub data set's id. "
+        description="A json, jsonl, csv, tsv, parquet or txt file, a folder or glob of them, or a hub data set's id. "
         "A relative path is relative to the recipe."
     )
     name: str | None = Field(None, description="Configuration of a hub data set.")

@@ -166,6 +166,35 @@ def test_csv_rows_with_more_or_fewer_cells_than_the_header(tmp_path: Path) -> No
     assert origins == [f"{path}:{number}" for number in (2, 3, 4)]
 
 
+@pytest.mark.parametrize(
+    ("name", "delimiter", "said"), [("a.csv", ";", "semicolons"), ("a.csv", "\t", "tabs"), ("a.tsv", "\t", "")]
+)
+def test_a_csv_file_of_another_locale(
+    name: str, delimiter: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    cell = f'"a{delimiter} ""b"",\n1,5"'
+    path.write_text(f"\ufeffprompt{delimiter}completion\n{cell}{delimiter}c, d\nx{delimiter}y{delimiter}z\n")
+    for _ in range(2):
+        values, _ = read(path)
+    assert values[0] == {"prompt": f'a{delimiter} "b",\n1,5', "completion": "c, d"}
+    assert str(values[1]).startswith(f"the row has 3 cells, the header 2: a {said or 'tabs'}"[:-1])
+    assert capsys.readouterr().err.count(f"{path}: its cells are taken to be split by {said}") == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("prompt;a|b", r"a.csv:1: the header has no comma, and is split by semicolons and by bars; save"),
+        ("prompt,completion,completion", r"a.csv:1: the column 'completion' stands in the header twice"),
+    ],
+)
+def test_a_csv_header_that_is_not_sure(header: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\n1,2,3\n")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.csv")
+
+
 def test_a_csv_file_whose_header_fits_no_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nHello, world\n")
     source = open_source(SourceSection(path=str(tmp_path / "a.csv")), "here")

@@ -90,8 +90,11 @@ def test_lengths_rows_and_bad_ones(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no known format has these columns. Columns found: x, y"):
+    with pytest.raises(DataError, match=r"no known format has these columns. Columns found: x, y") as caught:
         survey_source(write(tmp_path, {"x": "a", "y": "b"}), "--data", count)
+    assert "finetune new" not in str(caught.value) and "Rename yours" in str(caught.value)
+    with pytest.raises(DataError, match=r"^--data: there is no file .*absent.csv"):
+        survey_source(SourceSection(path=str(tmp_path / "absent.csv")), "--data", count)
     with pytest.raises(DataError, match=r"none of the first 1 rows can be used:\n  .*rows.jsonl:1: column 'output'"):
         survey_source(write(tmp_path, {"instruction": "a", "output": None}), "--data", count)
     with pytest.raises(DataError, match="holds no rows"):

@@ -162,7 +162,7 @@ def test_hardware_decides_how_the_base_is_kept(
         ({"data": None}, "--data is missing, and there is no terminal to ask at; give --data"),
         ({"model": None}, "--model is missing, and there is no terminal to ask at; give --model"),
         ({"model": "./absent"}, "model.name: no such directory or file"),
-        ({"data": "absent.jsonl"}, "--data.path: there is no file"),
+        ({"data": "absent.jsonl"}, "--data: there is no file"),
         ({"hardware": "big"}, "--hardware big: accepts auto, cpu, a GPU's memory such as 24GB, or 8x80GB"),
         ({"epochs": "some"}, "--epochs some: accepts a number above 0"),
         ({"epochs": None, "steps": "1.5"}, "--steps 1.5 steps: accepts a number above 0"),
