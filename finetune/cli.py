@@ -228,7 +228,9 @@ def _run(given: list[str]) -> int:
         return EXIT_BAD_INPUT
     arguments, rest = parser.parse_known_args(given)
     # argparse gives up a list of positional arguments at the first option: `run RECIPE --fresh key=value`.
-    late = rest if hasattr(arguments, "overrides") and all(re.match(r"[a-z_][\w.]*=", word) for word in rest) else []
+    late = (
+        rest if hasattr(arguments, "overrides") and all(re.match(r"[a-z_][\w.\[\]]*=", word) for word in rest) else []
+    )
     if len(late) < len(rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if late:

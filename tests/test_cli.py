@@ -83,6 +83,7 @@ def test_version() -> None:
         (("rnu", "x"), "unknown verb rnu; did you mean run?"),
         (("zzz",), "unknown verb zzz; accepts run, "),
         (("check", "x.yaml", "--devices", "0"), "argument --devices: 0: must be at least 1"),
+        (("run",), "required: recipe\n"),
         (("schema", "--nope"), "unrecognized arguments: --nope"),
         (("schema", "-o", "/no/such/folder/x"), "error: --output /no/such/folder/x: cannot be written"),
         (
@@ -103,17 +104,17 @@ def test_mistakes_exit_2_without_a_traceback(arguments: tuple[str, ...], part: s
 def test_what_a_terminal_cannot_show_ends_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "generate", "--help"],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"},
         capture_output=True,
         check=True,
     )
-    assert b'"prompt": ?' in done.stdout and not done.stderr
+    assert b'"prompt": ?}' in done.stdout and not done.stderr
 
 
 def test_overrides_may_stand_behind_options(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: x\nmodel: {name: ./absent}\ndata: {sources: [{path: a.jsonl}]}\ntraining: {epochs: 1}\n")
-    done = finetune("preview", str(path), "--rows", "1", "training.epochs=none", "training.max_steps=2")
+    done = finetune("preview", str(path), "--rows", "1", "training.epochs=none", "data.sources[0].max_rows=2")
     assert done.returncode == 2 and "override training.epochs=none: got" in done.stderr
     done = finetune("run", str(path), "--fresh", "training.epochs=2", "--nope")
     assert done.returncode == 2 and "unrecognized arguments: training.epochs=2 --nope" in done.stderr

@@ -24,7 +24,9 @@ _STYLES = {"error": "bold red", "warning": "yellow", "fact": ""}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--gpu", type=_size, metavar="SIZE", help="as if there were GPUs of this size, e.g. 24GB")
     parser.add_argument("--devices", type=positive, metavar="N", help="as if there were so many devices")

@@ -24,7 +24,9 @@ _DEFAULT_ROWS = 2
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
+    )
     parser.add_argument("--row", type=positive, metavar="N", help="only the N-th row, in the order of training")
     parser.add_argument("--rows", type=positive, metavar="K", help=f"so many rows (default: {_DEFAULT_ROWS})")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page instead")

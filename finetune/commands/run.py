@@ -42,7 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", help="a recipe's file, the name of a shipped one, an adapter's directory, or hf://ORG/NAME"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace any key of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
+    )
     parser.add_argument("--resume", metavar="CHECKPOINT", type=Path, help="continue from this checkpoint")
     parser.add_argument(
         "--accept-changes", action="store_true", help="continue although the recipe, data or base has changed"

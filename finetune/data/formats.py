@@ -326,8 +326,8 @@ def load_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 (byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
-        raise RowError(
-            f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1} of {len(line)}"
-        ) from None
+        length = len(error.doc)
+        at = f"at character {error.pos + 1} of {length}" if error.pos < length else "where the line ends"
+        raise RowError(f"not valid JSON: {error.msg.removesuffix(' at')} {at}") from None
     except RecursionError:
         raise RowError("not readable as JSON: nested too deeply") from None

@@ -93,7 +93,14 @@ def _hint(place: Place, value: Any) -> str:
         return f"did you mean {near}?"
     if kinds & {"integer", "number", "boolean"} and not isinstance(_as_yaml(value), str):
         return "remove the quotes"
-    return f"write [{value}]" if "array" in kinds else ""
+    return f"write {_as_list(place, value)}" if "array" in kinds else ""
+
+
+def _as_list(place: Place, value: str) -> str:
+    """A list of one item that `value` was meant for: of its section's one required key, if the items are sections."""
+    items = place.below(0)
+    required = [key for branch in items.branches for key in branch.get("required", ())] if items else []
+    return f"[{{{required[0]}: {value}}}]" if len(required) == 1 else f"[{value}]"
 
 
 def _as_yaml(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,8 @@ def parse_override(text: str) -> Override:
         ValueError: there is no `=`, an empty part in the path, or the value is not YAML.
     """
     key, equals, value = text.partition("=")
-    path = tuple(piece.strip() for piece in key.split("."))
+    # messages write data.sources[0].path, which is taken as it is for data.sources.0.path
+    path = tuple(piece.strip() for piece in re.sub(r"\[(\d+)\]", r".\1", key).split("."))
     if not equals or not all(path):
         raise ValueError(FORM)
     try:

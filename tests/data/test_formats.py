@@ -136,7 +136,13 @@ def test_fm29_turns_must_be_turns(row: dict[str, Any], found: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "found"),
-    [(b'{"text": "a', "not valid JSON"), (b"\xff", "not UTF-8"), (b"[1]", "a list of 1"), (b"null", "null")],
+    [
+        (b'{"text": "a', "not valid JSON"),
+        (b'{"a":', "Expecting value where the line ends"),
+        (b"\xff", "not UTF-8"),
+        (b"[1]", "a list of 1"),
+        (b"null", "null"),
+    ],
 )
 def test_fm29_broken_lines(line: bytes, found: str) -> None:
     with pytest.raises(RowError, match=found):

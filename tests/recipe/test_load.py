@@ -410,3 +410,8 @@ def test_the_recipe_package_never_imports_torch() -> None:
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_source_outside_a_list_is_written_as_one(tmp_path: Path) -> None:
+    said = errors_of(write(tmp_path, MINIMAL), "data.sources=rows.jsonl")
+    assert said[0].endswith("; write [{path: rows.jsonl}]")

@@ -44,11 +44,12 @@ def test_sections_and_items_are_created(recipe: Path) -> None:
         [
             "data.sources.1.path=org/second",
             "data.validation.size=0.1",
+            "data.sources[1].max_rows=3",
             "evaluation.every_steps=5",
             "evaluation.early_stopping.patience=7",
         ],
     )
-    assert [source.path for source in loaded.data.sources][1:] == ["org/second"]
+    assert [(source.path, source.max_rows) for source in loaded.data.sources][1:] == [("org/second", 3)]
     assert loaded.evaluation.early_stopping is not None
     assert loaded.evaluation.early_stopping.patience == 7
 
@@ -84,6 +85,7 @@ def test_an_override_of_one_alias_leaves_the_other(tmp_path: Path) -> None:
         ("hub.push=yes", 'got "yes"; accepts true or false; did you mean true?'),
         ("distributed.devices=0", "got 0; accepts an integer above 0, or auto"),
         ("distributed={devices: 0}", "distributed.devices: got 0; accepts an integer above 0, or auto"),
+        ("data.sources=rows.jsonl", 'got "rows.jsonl"; accepts a list of at least 1'),
         ("data.sources.4.path=x", "data.sources is a list; give an index from 0 to 1, not 4"),
         ("data.sources.x=1", "data.sources is a list; give an index from 0 to 1, not x"),
         ("training.epochs.x=3", "training.epochs is the value 1, which has no keys beneath it"),
