@@ -145,7 +145,7 @@ def check_source(
         share = len(malformed) / source.rows_read
         raise DataError(
             f"{source.where}: {len(malformed):,} of {source.rows_read:,} rows ({share:.2%}) cannot be used, "
-            f"and data.max_rejected_share is {max_rejected_share}:\n{_first_rows(malformed)}\n"
+            f"and data.max_rejected_share is {max_rejected_share}:\n{first_rows(malformed)}\n"
             "Mend the rows, or raise data.max_rejected_share to leave them out."
         )
     over = source.rows_over_length
@@ -169,11 +169,12 @@ def check_no_over_length(source: SourceLedger, rejected: list[RejectedRow]) -> N
     if over:
         raise DataError(
             f"{source.where}: {source.rows_over_length:,} rows are over length, and data.over_length is error"
-            f":\n{_first_rows(over)}\nRaise data.max_seq_len, or set data.over_length: drop or truncate."
+            f":\n{first_rows(over)}\nRaise data.max_seq_len, or set data.over_length: drop or truncate."
         )
 
 
-def _first_rows(rows: list[RejectedRow]) -> str:
+def first_rows(rows: list[RejectedRow]) -> str:
+    """The first rows with their reasons, a line each, and how many more there are."""
     lines = [f"  {row.origin}: {row.reason}" for row in rows[:_SHOWN_ROWS]]
     if len(rows) > _SHOWN_ROWS:
         lines.append(f"  and {len(rows) - _SHOWN_ROWS:,} more")

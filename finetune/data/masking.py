@@ -171,7 +171,7 @@ class Encoder:
             return pending
         at = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not at:
-            raise NoAssistantTurn("the conversation has no assistant turn, so nothing in it is trained")
+            raise NoAssistantTurn("the conversation has no assistant turn to train on")
         wanted = [
             index for index in (at if self.train_on == "all_assistant" else at[-1:]) if is_trained(messages[index])
         ]

@@ -23,6 +23,7 @@ from finetune.data.ledger import (
     SourceLedger,
     check_no_over_length,
     check_source,
+    first_rows,
 )
 from finetune.data.masking import MALFORMED, Chunk, Encoder
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
@@ -114,7 +115,7 @@ def prepare_data(
         ledger.validation_rows_in_train = int(np.isin(held_out.store.hashes, hashes).sum())
         if ledger.validation_rows_in_train:
             warn(f"{ledger.validation_rows_in_train:,} validation rows are also in the training data")
-    _check_supervised(train, validation)
+    _check_supervised(train, validation, ledger)
     _count(ledger, train, validation)
     return PreparedData(train, validation, ledger)
 
@@ -314,13 +315,13 @@ def _account(
     )
 
 
-def _check_supervised(train: TokenDataset, validation: TokenDataset | None) -> None:
+def _check_supervised(train: TokenDataset, validation: TokenDataset | None, ledger: Ledger) -> None:
+    left_out = f"\n{first_rows(ledger.rejected)}" if ledger.rejected else " every row was cut before its answer."
     for name, dataset in (("training", train), ("validation", validation)):
         if dataset is not None and not dataset.num_supervised.sum():
             raise DataError(
-                f"data: no token of the {name} data is supervised, so there is nothing to learn: every "
-                "row was dropped or cut before its answer. Look at the rows with `finetune preview`, and at "
-                "data.max_seq_len, data.over_length and data.train_on."
+                f"data: no token of the {name} data is supervised, so there is nothing to learn:{left_out}\n"
+                "Mend the rows, or look at data.max_seq_len, data.over_length and data.train_on."
             )
 
 

@@ -144,12 +144,16 @@ def _reason(error: BaseException) -> str:
     status = http_status(error)
     if status is not None:
         return f"it answered {status}"
+    if any(type(one).__name__ == "LocalEntryNotFoundError" for one in _causes(error)) and _is_offline(error):
+        return "it is not in this machine's cache, and HF_HUB_OFFLINE is set; unset it, or give a local directory"
     for one in _causes(error):
         if any(base.__name__ == "TransportError" for base in type(one).__mro__):
             return f"no answer ({type(one).__name__})"
-        if type(one).__name__ == "OfflineModeIsEnabled":
-            return "HF_HUB_OFFLINE is set, so nothing can be sent"
-    return _words(error)
+    return "HF_HUB_OFFLINE is set, so nothing can be sent" if _is_offline(error) else _words(error)
+
+
+def _is_offline(error: BaseException) -> bool:
+    return any(type(one).__name__ == "OfflineModeIsEnabled" for one in _causes(error))
 
 
 def _words(error: BaseException) -> str:

@@ -83,6 +83,8 @@ def _find(model: ModelSection, read_gguf: Callable[[Path, Path], Path]) -> Model
             _require_config(path)
             return ModelSource(model.name, str(path), None)
         path /= model.gguf_file
+    elif path.is_file():
+        raise ModelError(f"model.name: {model.name} is a file; give the model's directory: {path.parent}")
     elif path.is_absolute() or model.name.startswith(".") or model.name.count("/") > 1:
         raise ModelError(f"model.name: no such directory or file: {model.name}")
     elif model.gguf_file is None:

@@ -48,6 +48,8 @@ def _check_model_files(recipe: Recipe) -> Iterator[Finding]:
     path = Path(name).expanduser()
     if path.is_absolute() and not path.exists():
         yield error("model files", f"model.name: no such directory or file: {name}")
+    elif path.is_file() and path.suffix != ".gguf":
+        yield error("model files", f"model.name: {name} is a file; give the model's directory: {path.parent}")
     elif path.is_dir() and recipe.model.gguf_file is None and not (path / "config.json").is_file():
         yield error("model files", f"model.name: {name} holds no config.json, so it is not a model directory")
 

@@ -186,3 +186,12 @@ def test_every_verb_takes_a_repository_in_a_fresh_process(
     assert done.returncode == 2 and "is not the base that the adapter was trained on" in done.stderr
     done = finetune(environment, here, "generate", "hf://acme/whole", *PROMPT)
     assert done.returncode == 2 and "hf://acme/whole: holds no adapter_config.json" in done.stderr
+
+
+def test_a_name_that_is_not_in_the_cache_is_said_when_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert main(["generate", "hf://nosuch/x", "--prompt", "a"]) == 1
+    assert "nosuch/x: it is not in this machine's cache, and HF_HUB_OFFLINE is set" in capsys.readouterr().err
