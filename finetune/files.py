@@ -240,6 +240,9 @@ def sole_owner(path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise BlockingIOError(file.read().strip()) from None
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            # Its owner has removed it since it was opened, and a third process could own another of that name.
+            raise BlockingIOError("a process that has just ended")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -325,9 +325,23 @@ def test_a_copied_recipe_still_finds_its_data(shipped: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("shipped")
-def test_copying_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copying_does_not_overwrite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "demo.yaml").write_text("mine", encoding="utf-8")
     assert cli.main(["recipes", "copy", "demo", str(tmp_path)]) == 2
     assert "exists; name another file, or pass --force" in capsys.readouterr().err
+    assert cli.main(["recipes", "copy", "demo", str(tmp_path / "none" / "x.yaml")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.files.os.fsync", full)
+        for command in (["recipes", "copy", "demo", f"{tmp_path}/x.yaml"], ["schema", "-o", f"{tmp_path}/s.json"]):
+            assert cli.main(command) == 2
+            assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["demo.yaml"]
     assert cli.main(["recipes", "copy", "demo", str(tmp_path), "--force"]) == 0
     assert load_recipe(tmp_path / "demo.yaml").name == "demo"

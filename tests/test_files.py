@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +73,17 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     assert len(left) == 2 and all(name.startswith(".") for name in left), left
     recover_directory(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files.fcntl.flock
+
+    def removed_first(*given: Any) -> None:
+        (tmp_path / ".lock").unlink()
+        real(*given)
+
+    monkeypatch.setattr(files.fcntl, "flock", removed_first)
+    with pytest.raises(BlockingIOError, match="just ended"), files.sole_owner(tmp_path / ".lock"):
+        pass

@@ -6,6 +6,7 @@ import argparse
 import gc
 import hashlib
 import json
+import shlex
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -54,8 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     folder = merge_run(arguments.run, base=arguments.base, dtype=arguments.dtype, out=arguments.out)
     stdout.print(f"merged    {folder}", markup=False)
-    stdout.print(f"measure   finetune evaluate {arguments.run} --merged {folder}", markup=False)
-    stdout.print(f"publish   finetune push {folder} ORG/NAME", markup=False)
+    measure = ["finetune", "evaluate", str(arguments.run), "--merged", str(folder)]
+    stdout.print(f"measure   {shlex.join(measure)}", markup=False)
+    stdout.print(f"publish   finetune push {shlex.quote(str(folder))} ORG/NAME", markup=False)
     return EXIT_OK
 
 

@@ -58,14 +58,17 @@ def _show(recipe: ShippedRecipe) -> str:
 
 def _copy(name: str, dest: Path, force: bool) -> Path:
     """Copy the recipe and return where it went; its relative paths are written absolute, so it still runs."""
+    from finetune.files import write_atomic
     from finetune.recipe.shipped import copied_text, find_recipe
 
     source = find_recipe(name)
     target = dest / source.name if dest.is_dir() else dest
     if target.exists() and not force:
         raise BadInputError(f"{target} exists; name another file, or pass --force to overwrite it")
+    if not target.parent.is_dir():
+        raise BadInputError(f"{target}: cannot be written: there is no directory {target.parent}")
     try:
-        target.write_text(copied_text(source), encoding="utf-8")
+        write_atomic(target, copied_text(source))
     except OSError as error:
         raise BadInputError(f"{target}: cannot be written: {error.strerror}") from None
     return target

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
     with ExitStack() as stack:
         if is_rank_zero():
             _own(run_dir, stack)
+            stack.callback(_leave_nothing, run_dir)
             for folder in (run_dir.root, run_dir.checkpoints, *run_dir.checkpoints.glob("step-*")):
                 recover_directory(folder, spare=(f".{run_dir.merged.name}",))  # `finetune merge` may be at work there
             if arguments.fresh:
@@ -118,6 +119,14 @@ def _own(run_dir: RunDir, stack: ExitStack) -> None:
         ) from None
     except OSError as error:
         raise BadInputError(f"output_dir: cannot write to {run_dir.root}: {error.strerror}") from error
+
+
+def _leave_nothing(run_dir: RunDir) -> None:
+    """Remove the directory of a run that was refused before it wrote anything."""
+    with suppress(OSError):
+        if [path.name for path in run_dir.root.iterdir()] == [run_dir.lock.name]:
+            run_dir.lock.unlink()
+            run_dir.root.rmdir()
 
 
 def _put_aside(run_dir: RunDir) -> None:
@@ -368,7 +377,7 @@ def _summarize(run_dir: RunDir) -> None:
         )
     stdout.print(f"adapter   {run_dir.adapter}{_other_step(training)}", markup=False)
     stdout.print(f"report    {run_dir.report}", markup=False)
-    stdout.print(f"try it    finetune generate {run_dir.root} --prompt 'your text'", markup=False)
+    stdout.print(f"try it    finetune generate {shlex.quote(str(run_dir.root))} --prompt 'your text'", markup=False)
 
 
 def _other_step(training: dict[str, Any] | None) -> str:

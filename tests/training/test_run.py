@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.cli import main
 from finetune.commands import run as run_command
 from finetune.files import sole_owner
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.report.run_files import open_run
 from finetune.training.metrics import read_metrics
 from finetune.training.module import FinetuneModule
-from tests.tiny import tiny_recipe, write_recipe
+from tests.tiny import tiny_recipe, write_jsonl, write_recipe
 from tests.training.conftest import RunTiny
 from tests.training.test_checkpoint import interrupt_after
 
@@ -210,6 +211,22 @@ def test_a_second_run_in_the_same_place_is_refused(
     with sole_owner(tmp_path / "runs" / "tiny" / ".lock"):
         run_tiny(expect=2)
     assert f"in use by process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_a_refused_run_leaves_no_directory(run_tiny: RunTiny, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "unanswered.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    run = run_tiny(expect=2, data={"sources": [{"path": str(rows)}]})
+    assert run.root.parent.is_dir() and not run.root.exists()
+
+
+def test_printed_commands_can_be_pasted(run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_tiny(output_dir=str(tmp_path / "my runs"), training={"max_steps": 1})
+    root = tmp_path / "my runs" / "tiny"
+    assert f"finetune generate '{root}' --prompt 'your text'\n" in capsys.readouterr().out
+    assert main(["merge", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert f"finetune evaluate '{root}' --merged '{root}/merged'\n" in out
+    assert f"finetune push '{root}/merged' ORG/NAME\n" in out
 
 
 def test_fresh_puts_earlier_work_aside(run_tiny: RunTiny, tmp_path: Path) -> None:
