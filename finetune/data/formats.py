@@ -23,6 +23,8 @@ _SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "function": "tool",
+    "function_call": "assistant",
+    "observation": "tool",
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -171,18 +173,36 @@ def messages(fields: Fields) -> list[Message]:
         if role not in _ROLES:
             raise RowError(f"turn {number}: role is {describe(role)}; accepted: {', '.join(_ROLES)}")
         message = {key: value for key, value in turn.items() if value is not None and key != "weight"}
-        if message.get("tool_calls"):
-            message.setdefault("content", "")
-        else:
-            message["content"] = check_text(turn.get("content"), f"turn {number}: content")
+        content = _join_parts(turn.get("content"), f"turn {number}: content")
+        if not message.get("tool_calls"):
+            check_text(content, f"turn {number}: content")
+        message["content"] = "" if content is None else content
         for key, value in message.items():
             check_unicode(value, f"turn {number}: {key}")
         result.append({**message, **_weight(turn, role, number)})
     return result
 
 
+def _join_parts(content: Any, where: str) -> Any:
+    """The text of OpenAI's content parts; anything but a list of parts as it is.
+
+    Raises:
+        RowError: a part is not text.
+    """
+    if not isinstance(content, list) or not content or not all(isinstance(part, Mapping) for part in content):
+        return content
+    for part in content:
+        if part.get("type") != "text":
+            raise RowError(f"{where} has a part of type {part.get('type')!r}; only parts of type 'text' are accepted")
+        check_text(part.get("text"), f"{where}: text of a part")
+    return "".join(part["text"] for part in content)
+
+
 def sharegpt(fields: Fields) -> list[Message]:
-    """ShareGPT's conversations: from (human, gpt, system) and value; or role and content."""
+    """ShareGPT's conversations: from (human, gpt, system) and value; or role and content.
+
+    LLaMA-Factory's function_call is an assistant's turn of tool calls, its observation a tool's turn.
+    """
     result = []
     system = fields.optional_text("system")
     if system:
@@ -194,8 +214,25 @@ def sharegpt(fields: Fields) -> list[Message]:
             accepted = ", ".join(_SHAREGPT_ROLES)
             raise RowError(f"turn {number}: from is {describe(speaker)}; accepted: {accepted}")
         content = check_text(turn.get("value", turn.get("content")), f"turn {number}: value")
-        result.append({"role": role, "content": content, **_weight(turn, role, number)})
+        said: Message = {"content": content}
+        if speaker == "function_call":
+            said = {"content": "", "tool_calls": _tool_calls(content, f"turn {number}: value")}
+        result.append({"role": role, **said, **_weight(turn, role, number)})
     return result
+
+
+def _tool_calls(text: str, where: str) -> list[dict[str, Any]]:
+    """The calls in the JSON text of one, or of a list of them, in OpenAI's shape."""
+    try:
+        value = load_line(text.encode())
+    except RowError as error:
+        raise RowError(f"{where} of a function_call: {error}") from None
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise RowError(f'{where} of a function_call holds {describe(call)}; write {{"name": …, "arguments": …}}')
+    check_unicode(calls, where)  # JSON may escape what the text itself did not hold
+    return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
 
 
 def prompt_completion(fields: Fields) -> list[Message]:

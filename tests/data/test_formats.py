@@ -149,6 +149,39 @@ def test_fm29_broken_lines(line: bytes, found: str) -> None:
         parse_row(line, FORMATS["text"], {})
 
 
+def test_parts_of_text_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b\n"}]
+    turns = parse_row({"messages": [PAIR[0], {"role": "assistant", "content": parts}]}, FORMATS["messages"], {})
+    assert turns == [PAIR[0], {"role": "assistant", "content": "ab\n"}]
+    for wrong, found in (
+        ({"type": "image_url", "image_url": {}}, "turn 1: content has a part of type 'image_url'; only"),
+        ({"type": "text", "text": 3}, r"turn 1: content: text of a part holds an integer \(3\)"),
+        ("a", "turn 1: content holds a list of 2"),
+    ):
+        with pytest.raises(RowError, match=found):
+            parse_row({"messages": [{"role": "user", "content": [parts[0], wrong]}]}, FORMATS["messages"], {})
+
+
+def test_sharegpt_calls_become_tool_calls() -> None:
+    def parse(value: str) -> list[dict[str, Any]]:
+        call = {"from": "function_call", "value": value}
+        turns = [{"from": "human", "value": "q"}, call, {"from": "observation", "value": "1"}]
+        return parse_row({"conversations": turns}, FORMATS["sharegpt"], {})
+
+    one = {"name": "f", "arguments": {"x": 1}}
+    call = {"type": "function", "function": one}
+    tool = {"role": "tool", "content": "1"}
+    assert parse(json.dumps(one)) == [PAIR[0], {"role": "assistant", "content": "", "tool_calls": [call]}, tool]
+    assert parse(json.dumps([one, one]))[1]["tool_calls"] == [call, call]
+    for wrong, found in (
+        ("{", "turn 2: value of a function_call: not valid JSON"),
+        ("{}", 'turn 2: value of a function_call holds an object; write {"name"'),
+        ('{"name": "\\ud800", "arguments": {}}', "turn 2: value holds text that is not valid Unicode"),
+    ):
+        with pytest.raises(RowError, match=found):
+            parse(wrong)
+
+
 def test_tool_calls_pass_through() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     turns = parse_row({"messages": [PAIR[0], call]}, FORMATS["messages"], {})
