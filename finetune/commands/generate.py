@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune.arguments import not_negative, positive, seed, share
 from finetune.console import say
-from finetune.errors import EXIT_OK, BadInputError
+from finetune.errors import EXIT_OK, BadInputError, DataError
 
 if TYPE_CHECKING:
     from finetune.data.formats import Conversation
