@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,21 +38,39 @@ def choose_attention(config: Any, model: ModelSection, data: DataSection) -> str
     return name
 
 
+def packs(config: Any, attention: str, data: DataSection) -> bool:
+    """Whether the recipe's samples come in packed rows."""
+    return data.packing != "none" and why_not_packed(config, attention) is None
+
+
 def why_not_packed(config: Any, attention: str) -> str | None:
     """Why samples of one row could see each other with this model; None if they cannot."""
     text = config.get_text_config()
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         return f"{text.model_type} with ALiBi derives positions from the row, not from the sample"
-    if getattr(text, "model_type", "") in _RECURRENT or "linear_attention" in (
-        getattr(text, "layer_types", None) or ()
-    ):
+    found: Any = _model_class(config)
+    if text.model_type in _RECURRENT or getattr(found, "_is_stateful", False):
         return f"{text.model_type} has recurrent layers, whose state would run on into the next sample"
+    if others := _layer_kinds(text) - _ATTENTION_KINDS:
+        return f"{text.model_type} has layers of kind {min(others)}, which look past the bounds of a sample"
+    if found is not None and "position_ids" not in inspect.signature(found.forward).parameters:
+        return f"{text.model_type} takes no positions: it counts along the row, not along the sample"
     if attention not in ISOLATING:
         return f"model.attention: {attention} cannot isolate samples here (auto, segments, sdpa and eager can)"
     return None
 
 
+# Of models whose own repository carries their class; transformers marks its own.
 _RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "falcon_mamba", "jamba", "falcon_h1", "bamba")
+
+# Kinds of layers, by transformers' names, that a mask over the row isolates. Others convolve along it, carry a state,
+# or choose keys by their place in it.
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def _layer_kinds(text_config: Any) -> set[str]:
+    return set(getattr(text_config, "layer_types", None) or ())
+
 
 # What configurations call the share of attention weights that is dropped.
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")

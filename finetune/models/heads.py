@@ -108,11 +108,11 @@ def supervised_loss(
 
 
 @contextmanager
-def _first_block_alone(causal_lm: Any) -> Iterator[None]:
-    """The model without its other blocks, which cost time and change nothing that is asked of the head."""
+def first_blocks_alone(causal_lm: Any, count: int = 1) -> Iterator[None]:
+    """The model without its other blocks, which cost time and would show nothing new."""
     blocks = decoder_layers(causal_lm)
-    others = list(blocks[1:])
-    del blocks[1:]
+    others = list(blocks[count:])
+    del blocks[count:]
     try:
         yield
     finally:
@@ -128,7 +128,7 @@ def check_head(causal_lm: Any, name: str) -> None:
     """
     device = next(causal_lm.parameters()).device
     ids = torch.arange(3, 11, device=device)[None] % causal_lm.config.get_text_config().vocab_size
-    with _first_block_alone(causal_lm):
+    with first_blocks_alone(causal_lm):
         want = causal_lm(input_ids=ids, use_cache=False).logits
         got = head_logits(causal_lm, decoder_of(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state)
     # Same operations in the same order: equal but for the rounding of a different product shape.

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.kernels.cross_entropy import chunk_tokens
 from finetune.kernels.layout import Group
-from finetune.models.attention import choose_attention, why_not_packed
+from finetune.models.attention import choose_attention, packs
 from finetune.models.footprint import Footprint, ForwardPass, between, measure_pass
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, target_counts
 from finetune.models.weights import WeightBytes, count_weights, optimizer_bytes
@@ -170,7 +170,7 @@ def _file_itemsize(config: Any) -> int:
 def largest_pass(config: Any, recipe: Recipe, attention: str) -> ForwardPass:
     """The largest forward pass that the recipe's keys allow, every token supervised; real data has less."""
     data, training = recipe.data, recipe.training
-    if data.packing != "none" and why_not_packed(config, attention) is None:
+    if packs(config, attention, data):
         tokens = data.max_tokens or training.micro_batch_size * data.max_seq_len
         full, left = divmod(tokens, data.max_seq_len)
         lengths = (data.max_seq_len,) * full + ((left,) if left else ())

@@ -17,15 +17,15 @@ from finetune.data.batches import MicroBatch, empty_batch
 from finetune.errors import FinetuneError
 from finetune.inference.mode import inference_mode
 from finetune.kernels import native
-from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.offload import offloaded
 from finetune.machine import is_out_of_memory, naming_out_of_memory, release_freed_memory
 from finetune.models.adapters import attach_adapter, load_adapter, trainable_parameters
-from finetune.models.attention import dense_masks
+from finetune.models.attention import packs
 from finetune.models.compiled import compile_layers, make_traceable
 from finetune.models.fused import fuse
-from finetune.models.heads import check_head, checkpoint_layers, decoder_layers, decoder_of, supervised_loss
+from finetune.models.heads import check_head, checkpoint_layers, decoder_layers, supervised_loss
+from finetune.models.isolation import check_isolation, hidden_states
 from finetune.models.load import LESS_FOR_LOADING, fit_vocabulary, load_base
 from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource
@@ -44,17 +44,11 @@ class LossModel(torch.nn.Module):
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
-        self.attention: str = model.get_base_model().config._attn_implementation
 
     def forward(self, micro: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy (fp32 scalar) over the micro-batch's supervised tokens."""
         causal_lm = self.model.get_base_model()
-        mask = None
-        if micro.layout is not None and self.attention != SEGMENTS:
-            mask = dense_masks(causal_lm.config, micro.layout, micro.input_ids.shape[1], micro.input_ids.device)
-        hidden = decoder_of(causal_lm)(
-            input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        hidden = hidden_states(causal_lm, micro.input_ids, micro.position_ids, micro.layout)
         return supervised_loss(causal_lm, hidden, micro.loss_positions, micro.targets)
 
 
@@ -135,6 +129,9 @@ class FinetuneModule(L.LightningModule):
         fit_vocabulary(base, self.tokenizer, seed=training.seed)
         with inference_mode(base):  # dropout would draw other masks for each of the two passes
             check_head(base, self.source.name)
+            if packs(base.config, self.attention, recipe.data):
+                with self.trainer.precision_plugin.forward_context():
+                    check_isolation(base, self.source.name)
         assert training.gradient_checkpointing != "auto", "prepare_job settles it"
         checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)

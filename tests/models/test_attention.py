@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from finetune.models.attention import takes_segments
+from finetune.models.attention import takes_segments, why_not_packed
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,24 @@ from finetune.models.attention import takes_segments
 def test_block_attention_is_for_models_that_it_computes_exactly(kind: str, values: dict[str, Any], takes: bool) -> None:
     config = getattr(transformers, kind)(**values)
     assert takes_segments(config, 128) == takes
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "why_not"),
+    [
+        ("LlamaConfig", {}, None),
+        ("Gemma3TextConfig", {}, None),
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "layers of kind conv"),
+        ("Lfm3Config", {}, "layers of kind conv"),
+        ("Inkling2TextConfig", {}, "layers of kind hybrid"),
+        ("ZayaConfig", {}, "recurrent layers"),
+        ("xLSTMConfig", {}, "recurrent layers"),
+        ("Qwen3NextConfig", {}, "recurrent layers"),
+        ("BartConfig", {}, "takes no positions"),
+        ("TrOCRConfig", {}, "takes no positions"),
+        ("BloomConfig", {}, "ALiBi"),
+    ],
+)
+def test_models_that_look_along_the_row_are_not_packed(kind: str, values: dict[str, Any], why_not: str | None) -> None:
+    reason = why_not_packed(getattr(transformers, kind)(**values), "sdpa")
+    assert reason is None if why_not is None else reason is not None and why_not in reason

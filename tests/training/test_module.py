@@ -21,7 +21,7 @@ from finetune.recipe.schema import DataSection, SourceSection
 from finetune.training import fitting
 from finetune.training.metrics import read_metrics
 from finetune.training.steps import StepPlan
-from tests.tiny import CONFIGS, SIZES, _config, alpaca_rows, write_jsonl
+from tests.tiny import CONFIGS, SIZES, SWIGLU, _config, alpaca_rows, write_jsonl
 from tests.training.conftest import RunTiny
 
 LR = 1e-2
@@ -98,6 +98,20 @@ def test_fm11_alibi_is_right_in_padded_batches_and_refused_in_packed_rows(
     splits = {name: SPLITS[name] for name in ("1 x 8", "3 x 3")} | {"auto": {"data": {"packing": "auto"}}}
     # transformers' eager Falcon adds ALiBi twice: within its 4-D mask, and to the scores.
     check_splits("falcon_alibi", splits, run_tiny, model_dir("falcon_alibi"), rows, attention="sdpa")
+
+
+def test_fm11_convolutions_along_the_row_are_not_packed(
+    run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """LFM2's kind; where the configuration does not tell, the loaded model does."""
+    values = {**SWIGLU, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    monkeypatch.setitem(CONFIGS, "lfm2", lambda: _config("Lfm2Config", **values))
+    splits = {"auto": {"data": {"packing": "auto", "max_tokens": 200}}}
+    check_splits("lfm2", splits, run_tiny, model_dir("lfm2"), rows)
+    for reason in ("lfm2 has layers of kind conv", "lets the samples of a packed row see each other"):
+        run_tiny("lfm2", expect=2, data={"packing": "isolated", "max_tokens": 200})
+        assert reason in " ".join(capsys.readouterr().err.split())
+        monkeypatch.setattr("finetune.models.attention._ATTENTION_KINDS", {"conv", "full_attention"})
 
 
 def test_fm11_values_of_another_size_than_queries_are_kept_apart_by_a_dense_mask(
