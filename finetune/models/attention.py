@@ -72,6 +72,9 @@ def _layer_kinds(text_config: Any) -> set[str]:
     return set(getattr(text_config, "layer_types", None) or ())
 
 
+# Models whose layers pass a mask of their own making.
+_OWN_MASK = ("doge",)
+
 # What configurations call the share of attention weights that is dropped.
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
@@ -81,9 +84,10 @@ def takes_segments(config: Any, max_seq_len: int) -> bool:
     text = config.get_text_config()
     if not _asks_for_segments(config):
         return False
-    if getattr(text, "attn_logit_softcapping", None) is not None or _drops_attention(text):
+    # What sdpa cannot compute, blocks cannot either: capped scores, sinks.
+    if loadable_attention(config, "sdpa") != "sdpa" or _drops_attention(text) or _value_size_differs(text):
         return False
-    if text.model_type in _RECURRENT or text.model_type == "gpt_oss" or _value_size_differs(text):
+    if text.model_type in (*_RECURRENT, *_OWN_MASK) or _layer_kinds(text) - _ATTENTION_KINDS:
         return False
     window = sliding_window(text)
     return window is None or max_seq_len <= window

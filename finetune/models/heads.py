@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from finetune.errors import ModelError
+from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.cross_entropy import chunked_cross_entropy
 
 
@@ -119,16 +120,35 @@ def first_blocks_alone(causal_lm: Any, count: int = 1) -> Iterator[None]:
         blocks.extend(others)
 
 
+@contextmanager
+def naming_attention(causal_lm: Any) -> Iterator[None]:
+    """Within this, what block attention refuses of a model is the user's to change.
+
+    Raises:
+        ModelError: in place of the kernel's error.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        attention, kind = causal_lm.config._attn_implementation, causal_lm.config.model_type
+        if attention != SEGMENTS:
+            raise
+        raise ModelError(
+            f"model.attention: {attention} cannot compute {kind}'s attention ({error}); use model.attention: eager"
+        ) from error
+
+
 @torch.no_grad()
 def check_head(causal_lm: Any, name: str) -> None:
     """Compare decoder and head called apart with the model's own forward on a few tokens, by the first block alone.
 
     Raises:
-        ModelError: if they differ: the model does something to its logits that `head_logits` does not know.
+        ModelError: if they differ: the model does something to its logits that `head_logits` does not know; or if
+            the model was loaded with an attention that cannot compute its own.
     """
     device = next(causal_lm.parameters()).device
     ids = torch.arange(3, 11, device=device)[None] % causal_lm.config.get_text_config().vocab_size
-    with first_blocks_alone(causal_lm):
+    with first_blocks_alone(causal_lm), naming_attention(causal_lm):
         want = causal_lm(input_ids=ids, use_cache=False).logits
         got = head_logits(causal_lm, decoder_of(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state)
     # Same operations in the same order: equal but for the rounding of a different product shape.

@@ -11,7 +11,7 @@ from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import Group, RowLayout, position_ids
 from finetune.models.attention import dense_masks
-from finetune.models.heads import decoder_layers, decoder_of, first_blocks_alone
+from finetune.models.heads import decoder_layers, decoder_of, first_blocks_alone, naming_attention
 
 SAMPLES, LENGTH = 8, 4
 
@@ -44,7 +44,7 @@ def check_isolation(causal_lm: Any, name: str) -> None:
     ids = torch.linspace(0, last, SAMPLES * LENGTH + 2, device=device)[1:-1].long().view(SAMPLES, LENGTH)
     layout = (Group(0, (LENGTH,) * SAMPLES),)
     row_positions = position_ids(layout, ids.numel()).to(device)
-    with first_blocks_alone(causal_lm, _num_blocks(causal_lm)):
+    with first_blocks_alone(causal_lm, _num_blocks(causal_lm)), naming_attention(causal_lm):
         want = hidden_states(causal_lm, ids, row_positions.view(SAMPLES, LENGTH), None).float()
         with packed_row(layout):
             got = hidden_states(causal_lm, ids.view(1, -1), row_positions, layout).float().view_as(want)

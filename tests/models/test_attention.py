@@ -23,6 +23,12 @@ from finetune.models.attention import takes_segments, why_not_packed
         ("DeepseekV3Config", {}, False),
         ("DeepseekV3Config", {"v_head_dim": 192}, True),
         ("MiniCPM3Config", {}, False),
+        ("Gemma2Config", {}, False),
+        ("GraniteSWAConfig", {}, False),
+        ("GraniteMoeSWAConfig", {}, False),
+        ("FlintConfig", {}, False),
+        ("DogeConfig", {}, False),
+        ("ZayaConfig", {}, False),
     ],
 )
 def test_block_attention_is_for_models_that_it_computes_exactly(kind: str, values: dict[str, Any], takes: bool) -> None:

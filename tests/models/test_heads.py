@@ -17,6 +17,7 @@ from finetune.errors import ModelError
 from finetune.kernels import cross_entropy
 from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.heads import check_head, decoder_layers, decoder_of, plain_head_weight, supervised_loss
+from finetune.models.load import register_attention
 from finetune.recipe.schema import LoraSection
 from tests.tiny import CONFIGS, SWIGLU, write_tokenizer
 
@@ -108,6 +109,15 @@ def test_a_head_that_is_not_known_is_refused(change: Callable[[torch.Tensor], to
 
     model.forward = forward
     with pytest.raises(ModelError, match="it changes its logits after the head in a way that is not known"):
+        check_head(model, "it")
+    assert len(decoder_layers(model)) == 2
+
+
+def test_attention_that_blocks_cannot_compute_is_named() -> None:
+    register_attention()
+    config = transformers.DogeConfig(**TOKENS, **SWIGLU)  # its layers pass a mask
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="segments")
+    with pytest.raises(ModelError, match=r"segments cannot compute doge's attention .*; use model\.attention: eager"):
         check_head(model, "it")
     assert len(decoder_layers(model)) == 2
 
