@@ -207,7 +207,8 @@ class Encoder:
         DeepSeek-R1's prompt ends in `<think>`, which its turns lack. Anything less plain is refused.
         """
         content = str(message.get("content", "")).strip()
-        at = text.rfind(content) if content else -1
+        # Before the terminator, which may hold a short answer: `d` lies in `<|im_end|>`.
+        at = text.removesuffix(self.tail).rfind(content) if content else -1
         if at < 0 or not prompt.startswith(text[:at].rstrip()):
             raise RowError("the template does not open this assistant turn with its own generation prompt")
         return Turn(prompt + text[at : self._turn_end(text, at)], len(prompt))

@@ -114,18 +114,20 @@ def test_a_token_across_the_border_is_taken_apart(
     assert tokenizer.decode(ids[mask]) == "\n\nParis.</s>"
 
 
+@pytest.mark.parametrize("answer", ["k", "d", "end"])  # two of them lie in the terminator
 def test_a_prompt_beyond_what_turns_open_with_is_kept(
-    tokenizer_of: Callable[[str], Any], section: Callable[..., Any]
+    answer: str, tokenizer_of: Callable[[str], Any], section: Callable[..., Any]
 ) -> None:
     tokenizer = tokenizer_of("qwen3")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    prepared, _ = prepare(tokenizer, section([chat("hello", "k")]))
+    prepared, _ = prepare(tokenizer, section([chat("hello", answer)]))
     ids, mask = prepared.train[0]
-    assert tokenizer.decode(ids) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\nk<|im_end|>"
-    assert tokenizer.decode(ids[mask]) == "k<|im_end|>"
+    prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert tokenizer.decode(ids) == f"{prompt}{answer}<|im_end|>"
+    assert tokenizer.decode(ids[mask]) == f"{answer}<|im_end|>"
 
 
 def test_a_turn_that_does_not_open_with_its_prompt_is_rejected(
