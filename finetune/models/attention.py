@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def choose_attention(config: Any, model: ModelSection, data: DataSection) -> str
     elif loadable_attention(config, name) != name:
         raise ModelError(f"model.attention: {name} cannot compute {config.model_type}'s attention; use auto or eager")
     if data.packing in ("isolated", "shared_prefix"):
-        reason = why_not_packed(config, name)
+        reason = why_not_packed(config, name, data.max_seq_len)
         if reason is not None:
             raise ModelError(f"data.packing: {data.packing} is not possible: {reason}; use data.packing: none")
     return name
@@ -40,10 +41,10 @@ def choose_attention(config: Any, model: ModelSection, data: DataSection) -> str
 
 def packs(config: Any, attention: str, data: DataSection) -> bool:
     """Whether the recipe's samples come in packed rows."""
-    return data.packing != "none" and why_not_packed(config, attention) is None
+    return data.packing != "none" and why_not_packed(config, attention, data.max_seq_len) is None
 
 
-def why_not_packed(config: Any, attention: str) -> str | None:
+def why_not_packed(config: Any, attention: str, max_seq_len: int) -> str | None:
     """Why samples of one row could see each other with this model; None if they cannot."""
     text = config.get_text_config()
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
@@ -55,8 +56,40 @@ def why_not_packed(config: Any, attention: str) -> str | None:
         return f"{text.model_type} has layers of kind {min(others)}, which look past the bounds of a sample"
     if found is not None and "position_ids" not in inspect.signature(found.forward).parameters:
         return f"{text.model_type} takes no positions: it counts along the row, not along the sample"
+    if (rope := stretched_rope(config, max_seq_len)) is not None:
+        return (
+            f"{text.model_type}'s {rope.kind} rotary embedding turns a whole row as its longest sample needs, if that "
+            f"has more than {rope.limit} tokens (data.max_seq_len: {max_seq_len})"
+        )
     if attention not in ISOLATING:
         return f"model.attention: {attention} cannot isolate samples here (auto, segments, sdpa and eager can)"
+    return None
+
+
+@dataclass(frozen=True)
+class StretchedRope:
+    """A rotary embedding whose frequencies are others for samples of more than `limit` tokens."""
+
+    kind: str
+    limit: int
+
+
+def stretched_rope(config: Any, max_seq_len: int) -> StretchedRope | None:
+    """The model's, if its frequencies depend on lengths up to `max_seq_len`.
+
+    transformers chooses them by the largest position of a forward pass (`dynamic_rope_update`).
+    """
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None) or {}
+    # One set of parameters, or one for each kind of layer.
+    for rope in (found, *found.values()):
+        kind = (rope.get("rope_type") or "") if isinstance(rope, dict) else ""
+        if kind != "longrope" and "dynamic" not in kind:
+            continue
+        original = rope.get("original_max_position_embeddings") if kind == "longrope" else None
+        limit = original or text.max_position_embeddings
+        if max_seq_len > limit:
+            return StretchedRope(kind, limit)
     return None
 
 
@@ -64,8 +97,8 @@ def why_not_packed(config: Any, attention: str) -> str | None:
 _RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "falcon_mamba", "jamba", "falcon_h1", "bamba")
 
 # Kinds of layers, by transformers' names, that a mask over the row isolates. Others convolve along it, carry a state,
-# or choose keys by their place in it.
-_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+# or cut it up and choose keys by their place in it.
+_ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
 def _layer_kinds(text_config: Any) -> set[str]:

@@ -14,7 +14,7 @@ from finetune.errors import FinetuneError
 from finetune.findings import Finding, error, fact, warning
 from finetune.machine import describe_machine
 from finetune.models.adapters import token_indices
-from finetune.models.attention import choose_attention, why_not_packed
+from finetune.models.attention import choose_attention
 from finetune.models.footprint import ForwardPass, NoEstimateError
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_pass
@@ -120,7 +120,7 @@ class Checkup:
     @cached_property
     def packing(self) -> Packing:
         """How rows are filled."""
-        return choose_packing(self.recipe, self.data.train, why_not=why_not_packed(self.config, self.attention))
+        return choose_packing(self.recipe, self.data.train, self.config, self.attention)
 
     @cached_property
     def resolved(self) -> tuple[Placement, Devices, str]:

@@ -31,6 +31,7 @@ class Packing:
     max_tokens: int  # tokens of a packed row
     prefixes: Prefixes
     row_multiple: int = ROW_MULTIPLE  # packed rows are padded to it
+    length_limit: int | None = None  # longer samples get padded batches of their own: `attention.stretched_rope`
 
     @property
     def size(self) -> int:
@@ -152,14 +153,15 @@ def plan_batches(
 ) -> list[list[list[int]]]:
     """The samples of every rank's padded batches, of like length together; the same number for each rank."""
     shares = split_over_ranks(samples, sample_costs(lengths[list(samples)].astype(float)), world_size)
-    size = packing.micro_batch_size
-    count = max(math.ceil(len(share) / size) for share in shares)
+    size, limit = packing.micro_batch_size, math.inf if packing.length_limit is None else packing.length_limit
     batches = []
     for share in shares:
         ordered = sorted(share, key=lambda sample: (-int(lengths[sample]), sample))
-        own = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        batches.append(own + [[] for _ in range(count - len(own))])
-    return batches
+        num_long = sum(int(lengths[sample]) > limit for sample in ordered)
+        parts = (ordered[:num_long], ordered[num_long:])
+        batches.append([part[start : start + size] for part in parts for start in range(0, len(part), size)])
+    count = max(len(own) for own in batches)
+    return [own + [[] for _ in range(count - len(own))] for own in batches]
 
 
 def rank_imbalance(

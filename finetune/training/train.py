@@ -23,7 +23,7 @@ from finetune.distributed import global_rank
 from finetune.errors import FinetuneError, PreemptedError
 from finetune.files import replace_directory
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, adapter_state, config_text, save_weights, token_indices
-from finetune.models.attention import choose_attention, why_not_packed
+from finetune.models.attention import choose_attention, stretched_rope, why_not_packed
 from finetune.models.load import load_config, load_tokenizer
 from finetune.models.skeleton import check_names
 from finetune.models.sources import ModelSource, find_model, fingerprint
@@ -131,7 +131,7 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
     placement = first if recipe.training.auto_micro_batch else place(recipe, config)
     check_halving(recipe, placement)
     plan = build_plan(len(data.train), recipe.training)
-    packing = choose_packing(recipe, data.train, why_not=why_not_packed(config, attention))
+    packing = choose_packing(recipe, data.train, config, attention)
     recipe = with_checkpointing(recipe, config, attention, placement)
     return Job(recipe, source, tokenizer, template, data, plan, packing, placement, attention, start)
 
@@ -314,10 +314,11 @@ def build_loader(steps: StepDataset, recipe: Recipe, placement: Placement) -> Da
     )
 
 
-def choose_packing(recipe: Recipe, train: TokenDataset, *, why_not: str | None) -> Packing:
-    """How the training samples are packed, or not for the reason `why_not`; says what `auto` has chosen."""
+def choose_packing(recipe: Recipe, train: TokenDataset, config: Any, attention: str) -> Packing:
+    """How the training samples are packed; says what `auto` has chosen, and why not if they cannot be."""
     data, training = recipe.data, recipe.training
     mode = data.packing
+    why_not, rope = why_not_packed(config, attention, data.max_seq_len), stretched_rope(config, data.max_seq_len)
     if mode == "auto":
         mode = "shared_prefix" if why_not is None else "none"
         if why_not is not None:
@@ -330,7 +331,13 @@ def choose_packing(recipe: Recipe, train: TokenDataset, *, why_not: str | None) 
             prefixes = no_prefixes(len(train))
         say(f"packing: {mode} ({shared / max(1, int(train.lengths.sum())):.0%} of the tokens open alike)")
     max_tokens = data.max_tokens or training.micro_batch_size * data.max_seq_len
-    return Packing(mode != "none", training.micro_batch_size, max_tokens, prefixes, data.row_multiple)
+    limit = None if rope is None else rope.limit
+    if rope is not None and rope.kind != "longrope":
+        say(
+            f"rotary embedding: {rope.kind}: a sample of more than {limit} tokens gets the frequencies of the longest "
+            f"since one of fewer, so its loss depends on their order; data.max_seq_len: {limit} keeps to one set"
+        )
+    return Packing(mode != "none", training.micro_batch_size, max_tokens, prefixes, data.row_multiple, limit)
 
 
 def _without_prefixes(packing: Packing, num_samples: int) -> Packing:

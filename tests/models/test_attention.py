@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from finetune.models.attention import takes_segments, why_not_packed
+from finetune.models.attention import stretched_rope, takes_segments, why_not_packed
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,31 @@ def test_block_attention_is_for_models_that_it_computes_exactly(kind: str, value
     ],
 )
 def test_models_that_look_along_the_row_are_not_packed(kind: str, values: dict[str, Any], why_not: str | None) -> None:
-    reason = why_not_packed(getattr(transformers, kind)(**values), "sdpa")
+    reason = why_not_packed(getattr(transformers, kind)(**values), "sdpa", 128)
     assert reason is None if why_not is None else reason is not None and why_not in reason
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({}, None),
+        ({**LONGROPE, "original_max_position_embeddings": 100}, 100),
+        ({**LONGROPE, "original_max_position_embeddings": 128}, None),
+        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, None),
+    ],
+)
+def test_a_rotation_that_follows_the_longest_sample_is_not_packed(values: dict[str, Any], limit: int | None) -> None:
+    longest = 64 if values.get("rope_type") == "dynamic" else 256
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=longest,
+        rope_parameters={"rope_theta": 10000.0, **values},
+    )
+    rope = stretched_rope(config, 128)
+    assert (None if rope is None else rope.limit) == limit
+    assert (why_not_packed(config, "segments", 128) is None) == (limit is None)

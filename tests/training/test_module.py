@@ -114,6 +114,24 @@ def test_fm11_convolutions_along_the_row_are_not_packed(
         monkeypatch.setattr("finetune.models.attention._ATTENTION_KINDS", {"conv", "full_attention"})
 
 
+def test_fm01_long_samples_change_no_rotation_of_short_ones(
+    run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Phi 3's kind: other frequencies where a row holds a sample of more than so many tokens."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors, "original_max_position_embeddings": 48}
+    monkeypatch.setitem(CONFIGS, "longrope", lambda: _config("LlamaConfig", **SWIGLU, rope_parameters=rope))
+    splits = {name: SPLITS[name] for name in ("1 x 8", "3 x 3")} | {"auto": {"data": {"packing": "auto"}}}
+    check_splits("longrope", splits, run_tiny, model_dir("longrope"), rows)
+    run_tiny("longrope", expect=2, data={"packing": "isolated", "max_tokens": 200})
+    assert "longrope rotary embedding turns a whole row as" in " ".join(capsys.readouterr().err.split())
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    short = {**SWIGLU, "max_position_embeddings": 48, "rope_parameters": rope}
+    monkeypatch.setitem(CONFIGS, "dynamic", lambda: _config("LlamaConfig", **short))
+    run_tiny("dynamic", "dynamic", training={"max_steps": 1, "epochs": None})
+    assert "so its loss depends on their order; data.max_seq_len: 48" in " ".join(capsys.readouterr().err.split())
+
+
 def test_fm11_values_of_another_size_than_queries_are_kept_apart_by_a_dense_mask(
     run_tiny: RunTiny, model_dir: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

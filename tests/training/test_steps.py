@@ -98,6 +98,16 @@ def test_fm18_ranks_share_a_step_and_change_nothing_of_it(world_size: int, packe
         assert sorted(sample for own in held for sample in own) == samples
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_samples_beyond_the_limit_of_a_rotation_have_batches_of_their_own(world_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 23).astype(np.int32)
+    packing = Packing(False, 4, 64, no_prefixes(23), length_limit=32)
+    batches = plan_batches(list(range(23)), lengths, packing, world_size)
+    assert sorted(sample for own in batches for batch in own for sample in batch) == list(range(23))
+    assert len({len(own) for own in batches}) == 1
+    assert all(len({int(lengths[sample]) > 32 for sample in batch}) < 2 for own in batches for batch in own)
+
+
 def test_rows_halved_for_other_ranks_keep_what_their_samples_share() -> None:
     """Three long samples, and short ones with an instruction of 440 tokens: unshared, half of them is 1,840 tokens."""
     lengths = np.array([900] * 3 + [460] * 16, np.int32)
