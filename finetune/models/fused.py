@@ -184,11 +184,26 @@ def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_swiglu(module: Any) -> bool:
-    """Whether a module is down(silu(gate(x)) * up(x)) and nothing else."""
+    """Whether a module is down(silu(gate(x)) * up(x)) and nothing else, in training too.
+
+    Compared by values, on a copy whose products are none: others clamp, scale or drop out, under the same names.
+    """
     names = {name for name, _ in module.named_children()}
-    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or any(module.named_parameters(recurse=False)):
         return False
-    return isinstance(module.act_fn, torch.nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation"
+    if not isinstance(module.act_fn, torch.nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
+        return False
+    copied = object.__new__(type(module))
+    products = {"gate_proj": torch.clone, "up_proj": partial(torch.flip, dims=(0,)), "down_proj": torch.clone}
+    copied.__dict__.update(module.__dict__, **products, _modules={"act_fn": module.act_fn}, training=True)
+    # Up to where any clamp would be; so many values that some are dropped.
+    x = torch.linspace(-1000, 1000, 4097, dtype=torch.float32, device="cpu")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            got = type(module).forward(copied, x)
+        except (TypeError, RuntimeError, IndexError):
+            return False
+    return torch.allclose(got, silu_mul(x, x.flip(0)), rtol=1e-4)
 
 
 def _swiglu_forward(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.kernels import native
 from finetune.kernels.attention import NAME, packed_row
 from finetune.kernels.layout import Group, position_ids
 from finetune.kernels.lora import Projection, lora_linears
 from finetune.models.adapters import attach_adapter, trainable_parameters
-from finetune.models.fused import _with_rotation, fuse
+from finetune.models.fused import _is_swiglu, _with_rotation, fuse
 from finetune.models.load import register_attention
 from finetune.models.projections import _stored_4bit, expand_4bit
 from finetune.recipe.schema import LoraSection
@@ -110,6 +111,31 @@ def test_rotations_are_found_whatever_the_default_device() -> None:
 def test_gemma_keeps_its_own_norm_and_activation() -> None:
     count = fuse(adapted("gemma3"))
     assert count.mlps == 0 and count.norms == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("name", "changed", "same"),
+    [
+        ("llama.modeling_llama.LlamaMLP", {}, True),
+        ("exaone4_5.modeling_exaone4_5.Exaone4_5_MLP", {}, True),
+        ("seed_oss.modeling_seed_oss.SeedOssMLP", {"residual_dropout": 0.01}, False),
+        ("seed_oss.modeling_seed_oss.SeedOssMLP", {"residual_dropout": 0.0}, True),
+        ("deepseek_v4.modeling_deepseek_v4.DeepseekV4MLP", {"swiglu_limit": 10.0}, False),
+        ("falcon_h1.modeling_falcon_h1.FalconH1MLP", {"mlp_multipliers": [1.0, 0.5]}, False),
+        ("inkling.modeling_inkling.InklingMLP", {}, False),
+    ],
+)
+def test_what_does_more_than_swiglu_under_its_names_is_left_alone(
+    name: str, changed: dict[str, Any], same: bool, device: str
+) -> None:
+    file, _, kind = name.rpartition(".")
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, moe_intermediate_size=64, mlp_bias=False, **changed)
+    with torch.device(device):
+        mlp = getattr(import_module(f"transformers.models.{file}"), kind)(config)
+        random = torch.get_rng_state()
+        assert _is_swiglu(mlp.requires_grad_(False)) == same
+        assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize("adapter", [{"dropout": 0.1}, {"use_dora": True}], ids=str)
