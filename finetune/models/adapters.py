@@ -85,8 +85,9 @@ def init_off_the_base(settings: Mapping[str, Any]) -> str | None:
 
 
 def text_targets(base: Any, wanted: Literal["all-linear"] | list[str]) -> Literal["all-linear"] | list[str]:
-    """The adapter's targets; of a model that reads images too, the full names of those that text passes through."""
-    if base.config.get_text_config() is base.config:
+    """The adapter's targets: full names where PEFT would reach more, as images' encoders and routers of experts."""
+    routes = wanted == "all-linear" and any(_is_of_its_own_kind(module) for module in base.modules())
+    if base.config.get_text_config() is base.config and not routes:
         return wanted
     head = base.get_output_embeddings()
     inner = {id(module) for module in decoder_of(base).modules()} | {id(head)}
@@ -106,7 +107,17 @@ def linear_names(base: Any) -> list[str]:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear | Conv1D)
+    return isinstance(module, torch.nn.Linear | Conv1D) and not _is_of_its_own_kind(module)
+
+
+def _is_of_its_own_kind(module: torch.nn.Module) -> bool:
+    """Whether a model's own class makes more of a linear layer than its product, as routers that choose experts do."""
+    kind = type(module)
+    if not isinstance(module, torch.nn.Linear) or kind.forward is torch.nn.Linear.forward:
+        return False
+    # Quantized layers are a library's; Falcon's own computes the same (`load.use_plain_linears`).
+    is_a_models = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    return is_a_models and kind.__name__ != "FalconLinear"
 
 
 def _is_named(name: str, target: str) -> bool:

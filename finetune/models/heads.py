@@ -19,8 +19,17 @@ from finetune.kernels.cross_entropy import chunked_cross_entropy
 
 
 def decoder_of(causal_lm: Any) -> torch.nn.Module:
-    """The module that maps input ids to hidden states [B, T, D]."""
-    decoder: torch.nn.Module = causal_lm.get_decoder()
+    """The module that maps input ids to hidden states [B, T, D].
+
+    Raises:
+        ModelError: if the model does not tell.
+    """
+    decoder = causal_lm.get_decoder()
+    # ModernBERT calls its head the decoder; Llama 4's text model answers with itself.
+    if decoder is causal_lm or isinstance(decoder, torch.nn.Linear):
+        decoder = getattr(causal_lm, "model", None)
+    if not isinstance(decoder, torch.nn.Module):
+        raise ModelError(f"model.name: {type(causal_lm).__name__} does not tell its decoder from its head")
     return decoder
 
 
@@ -28,9 +37,15 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     """The transformer blocks of a model: the longest list of modules in its decoder, not in an image encoder.
 
     Lists within a list are not looked at: a block may have more experts than the model has blocks.
+
+    Raises:
+        ModelError: if there is none.
     """
     decoder = decoder_of(model) if hasattr(model, "get_decoder") else model
-    return max(_outermost_lists(decoder), key=len)
+    lists = list(_outermost_lists(decoder))
+    if not lists:
+        raise ModelError(f"model.name: {type(decoder).__name__} holds no list of transformer blocks")
+    return max(lists, key=len)
 
 
 def _outermost_lists(module: torch.nn.Module) -> Iterator[torch.nn.ModuleList]:

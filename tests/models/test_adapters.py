@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from finetune.errors import ModelError
-from finetune.models.adapters import build_config, linear_names, require_names
+from finetune.models.adapters import attach_adapter, build_config, linear_names, require_names
+from finetune.models.heads import decoder_of
 from finetune.recipe.schema import LoraSection
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, SWIGLU
 
 LINEAR = {
     "llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
@@ -33,6 +36,19 @@ def test_fm26_targets_are_found_on_the_meta_device(architecture: str) -> None:
     assert linear_names(model) == LINEAR[architecture]
     config = build_config(model, LoraSection(target_modules=LINEAR[architecture][:1]), None)
     assert config.target_modules == {LINEAR[architecture][0]}
+
+
+@pytest.mark.parametrize("kind", ["Phimoe", "Llama4Text"])
+def test_all_linear_leaves_out_routers_that_choose_experts(kind: str) -> None:
+    """They are linear layers by class, and give more than a product."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=320, **SWIGLU, pad_token_id=2, num_local_experts=2, intermediate_size_mlp=64
+    )
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = attach_adapter(base, LoraSection(rank=4), None, seed=0)
+    reached = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert reached >= {"q_proj", "o_proj"} and not reached & {"router", "lm_head"}
+    assert decoder_of(base)(input_ids=torch.arange(8)[None]).last_hidden_state.shape == (1, 8, 32)
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [("query_key_values", "query_key_value"), ("dense_h_4h", "dense_h_to_4h")])

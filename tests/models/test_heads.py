@@ -19,7 +19,7 @@ from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.heads import check_head, decoder_layers, decoder_of, plain_head_weight, supervised_loss
 from finetune.models.load import register_attention
 from finetune.recipe.schema import LoraSection
-from tests.tiny import CONFIGS, SWIGLU, write_tokenizer
+from tests.tiny import CONFIGS, SIZES, SWIGLU, write_tokenizer
 
 TOKENS = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 # What each does to its logits.
@@ -120,6 +120,16 @@ def test_attention_that_blocks_cannot_compute_is_named() -> None:
     with pytest.raises(ModelError, match=r"segments cannot compute doge's attention .*; use model\.attention: eager"):
         check_head(model, "it")
     assert len(decoder_layers(model)) == 2
+
+
+def test_a_head_that_is_named_decoder_is_not_taken_for_it() -> None:
+    config = transformers.ModernBertDecoderConfig(**TOKENS, **SIZES, intermediate_size=64)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert len(decoder_layers(model)) == 2
+    with pytest.raises(ModelError, match="changes its logits after the head"):
+        check_head(model, "it")
+    with pytest.raises(ModelError, match="Linear holds no list of transformer blocks"):
+        decoder_layers(nn.Linear(2, 2))
 
 
 def test_blocks_are_found_beside_longer_lists_of_experts() -> None:
