@@ -172,9 +172,8 @@ class Encoder:
         at = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not at:
             raise NoAssistantTurn("the conversation has no assistant turn to train on")
-        wanted = [
-            index for index in (at if self.train_on == "all_assistant" else at[-1:]) if is_trained(messages[index])
-        ]
+        meant = at if self.train_on == "all_assistant" else at[-1:]
+        wanted = [index for index in meant if is_trained(messages[index])]
         if not wanted:
             raise NoAssistantTurn(f"every assistant turn that data.train_on ({self.train_on}) means has weight 0")
         turns = [self.render_turn(messages[: index + 1], tools) for index in wanted]
