@@ -20,6 +20,7 @@ from finetune.models.load import load_config, load_tokenizer
 from finetune.models.memory import Planner, chunk_bytes, format_bytes, largest_pass
 from finetune.models.skeleton import check_names
 from finetune.models.sources import ModelSource, describe_model
+from finetune.models.start import find_start
 from finetune.recipe.schema import Recipe
 from finetune.training.context import too_long_completions, too_long_samples
 from finetune.training.disk import find_room
@@ -184,6 +185,8 @@ def _check_model(checkup: Checkup) -> Iterator[Finding]:
 def _check_adapter(checkup: Checkup) -> Iterator[Finding]:
     recipe = checkup.recipe
     check_names(checkup.config, recipe.model, recipe.adapter, precision=recipe.training.precision)
+    if (start := find_start(recipe.adapter)) is not None:
+        yield fact("adapter", f"starts from the adapter in {start.folder}", start=str(start.folder))
     weights = checkup.planner.weights(checkup.recipe)
     targets = checkup.planner.targets(checkup.recipe)
     trained = weights.num_trainable

@@ -131,3 +131,18 @@ def test_layers_that_the_adapter_lacks_are_named(run_tiny: RunTiny, capsys: pyte
     capsys.readouterr()
     run_tiny(name="second", adapter={"start_from": str(half.root)}, training=STILL, expect=2)
     assert "does not fit the model: 20 tensors missing" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_check_looks_at_it(
+    first: RunDir,
+    model_dir: Callable[[str], Path],
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tiny_recipe(tmp_path, model_dir("llama"), rows, adapter={"start_from": "first"})
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    assert main(["check", str(path)]) == 0
+    assert f"starts from the adapter in {first.adapter}" in capsys.readouterr().out.replace("\n", "")
+    assert main(["check", str(path), "adapter.rank=2"]) == 2
+    assert "adapter.rank: 4" in capsys.readouterr().out
