@@ -157,8 +157,8 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_to_parent(worker: int) -> None:
-    """In a loader's process: its parent ends it when its work is done; a second SIGTERM is meant for it alone."""
+def leave_to_parent(worker: int = 0) -> None:
+    """In a process that loads or tokenizes: its parent ends it when its work is done; a second SIGTERM is its own."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)

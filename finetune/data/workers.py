@@ -15,6 +15,7 @@ from itertools import chain, islice
 from finetune.data.masking import Chunk, Encoder
 from finetune.data.sources import RawRow
 from finetune.errors import FinetuneError
+from finetune.stop_signals import blocked, leave_to_parent
 
 # Fewer rows are done before processes have started.
 _MANY_ROWS = 5_000
@@ -60,7 +61,9 @@ def _encode_in_processes(encoder: Encoder, batches: Iterator[list[RawRow]], work
             # Python 3.12 warns of every fork of a process that has threads; here it is harmless, see above.
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             for batch in batches:
-                waiting.append(pool.submit(_encode_in_worker, batch))
+                # The first call forks. A stop signal within fork's own hooks would end as a traceback of theirs.
+                with blocked():
+                    waiting.append(pool.submit(_encode_in_worker, batch))
                 if len(waiting) > 2 * workers:  # bounds memory: rows are read no faster than they are encoded
                     yield waiting.popleft().result()
         while waiting:
@@ -76,6 +79,7 @@ def _encode_in_processes(encoder: Encoder, batches: Iterator[list[RawRow]], work
 
 def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
+    leave_to_parent()
     # One process per core already: threads besides would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = encoder
