@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,7 @@ def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
             for folder in (run_dir.root, run_dir.checkpoints, *run_dir.checkpoints.glob("step-*")):
                 recover_directory(folder, spare=(f".{run_dir.merged.name}",))  # `finetune merge` may be at work there
             if arguments.fresh:
+                _keep_start(recipe, run_dir)
                 _put_aside(run_dir)
         return _run_recipe(recipe, run_dir, provenance, arguments, signals)
 
@@ -129,6 +130,14 @@ def _leave_nothing(run_dir: RunDir) -> None:
             run_dir.root.rmdir()
 
 
+def _keep_start(recipe: Recipe, run_dir: RunDir) -> None:
+    start = recipe.adapter.start_from
+    if start is not None and "://" not in start and Path(start).resolve().is_relative_to(run_dir.root.resolve()):
+        raise BadInputError(
+            f"adapter.start_from: {start} is in {run_dir.root}, which --fresh puts aside; give this run another name"
+        )
+
+
 def _put_aside(run_dir: RunDir) -> None:
     # The checkpoints last: a kill in between leaves a run that goes on, or is put aside as well.
     paths = sorted((path for path in run_dir.root.iterdir() if path != run_dir.lock), key=run_dir.checkpoints.__eq__)
@@ -153,6 +162,7 @@ def _run_recipe(
     from finetune.models.start import compare_base
     from finetune.report.html import write_report
     from finetune.training.resume import find_checkpoint, put_later_aside
+    from finetune.training.strategy import check_dora
     from finetune.training.trackers import check_trackers
     from finetune.training.train import is_trained, prepare_job, train
 
@@ -163,9 +173,10 @@ def _run_recipe(
     recipe = job.recipe
     if provenance is not None and is_rank_zero():
         check_fingerprints(provenance, job.fingerprints, arguments.overrides)
-    if job.start is not None and is_rank_zero():
+    check_dora(recipe, job.placement)
+    if job.start is not None and job.start.folder is not None and is_rank_zero():
         say(f"starting from the adapter in {job.start.folder}")
-        compare_base(job.start, job.fingerprints["base"])
+        compare_base(job.start.folder, job.fingerprints["base"])
     checkpoint = find_checkpoint(
         run_dir, arguments.resume, dump_recipe(recipe), job.fingerprints, accept_changes=arguments.accept_changes
     )
@@ -244,9 +255,10 @@ class _Measure:
                 job.data.ledger.write(self._run_dir)
 
     def before(self, module: FinetuneModule) -> None:
-        """The bare base: a fresh adapter changes nothing."""
+        """The bare base: a fresh adapter changes nothing, and one that training starts from is switched off."""
         if self._job.recipe.evaluation.before:
-            self._measure(module, "before")
+            with nullcontext() if self._job.start is None else module.model.disable_adapter():
+                self._measure(module, "before")
 
     def after(self, module: FinetuneModule) -> None:
         """The trained adapter."""

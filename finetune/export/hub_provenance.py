@@ -19,7 +19,7 @@ from finetune.run_dir import RunDir
 
 _SMALL_FILES = (RECIPE, FINGERPRINTS, "adapter_config.json", "chat_template.jinja", "*token*.json", "tokenizer*")
 # Overrides of these may change what a run is made from.
-_SHAPING = ("model", "data")
+_SHAPING = ("model.", "data.", "adapter.start_from")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def check_fingerprints(provenance: Provenance, actual: Mapping[str, Any], overri
             say(f"base and data are those of {provenance.given}")
         return
     text = f"this is not the run of {provenance.given}:\n" + "\n".join(f"  {line}" for line in differences)
-    if any(override.split(".")[0] in _SHAPING for override in overrides):
+    if any(override.startswith(_SHAPING) for override in overrides):
         warn(f"{text}\n  It goes on, because model or data are overridden.")
         return
     raise BadInputError(f"{text}\n  To train on what is here instead, run the recipe itself: {provenance.recipe}")
@@ -110,6 +110,10 @@ def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any])
     for part, label in (("train", "training data"), ("validation", "validation data")):
         if part in old and old[part] != new.get(part):
             lines.append(f"{label}: samples of hash {_short(old[part])} then, {_short(new.get(part))} now")
+    if "start" in expected and expected["start"] != actual.get("start"):
+        lines.append(
+            f"adapter.start_from: weights of hash {_short(expected['start'])} then, {_short(actual.get('start'))} now"
+        )
     return lines
 
 

@@ -98,9 +98,9 @@ class _DecoderLayer(torch.autograd.Function):
         activated = native_silu_mul(gate, up)
         (y,), xa_down = native_forward(activated, layer.down)
         ctx.save_for_backward(
-            *(x, rstd, normed, xa_qkv, q, k, v, attended, lse, xa_o),
+            *(cos, sin, x, rstd, normed, xa_qkv, *q_kept, *k_kept),
+            *(q, k, v, attended, lse, xa_o),
             *(h, h_rstd, h_normed, xa_gate_up, gate, up, activated, xa_down),
-            *(cos, sin, *q_kept, *k_kept),
         )
         ctx.layer, ctx.layout = layer, layout
         return y.add_(h)
@@ -108,26 +108,51 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         layer: DecoderLayer = ctx.layer
-        saved = ctx.saved_tensors
-        x, rstd, normed, xa_qkv, q, k, v, attended, lse, xa_o = saved[:10]
-        h, h_rstd, h_normed, xa_gate_up, gate, up, activated, xa_down = saved[10:18]
-        cos, sin, *kept = saved[18:]
-        dy = dy.to(x.dtype).contiguous()
-        d_activated, d_down = native_backward(activated, xa_down, layer.down, [dy], needs_dx=True)
-        d_gate_up = native_silu_mul_backward(d_activated, gate, up)
-        d_normed, d_matrices = native_backward(h_normed, xa_gate_up, layer.gate_up, d_gate_up, needs_dx=True)
-        dh = native_rms_norm_backward(d_normed, h, layer.post_norm.weight, h_rstd, added=dy)
-        d_attended, d_o = native_backward(_joined(attended), xa_o, layer.o, [dh], needs_dx=True)
-        d_attended = d_attended.view(1, x.shape[1], -1, layer.head_size).transpose(1, 2)
-        dq, dk, dv = native_attention.native_backward(d_attended, q, k, v, attended, lse, ctx.layout, layer.scale)
-        dq, dk = native_rotate(dq, cos, sin, backward=True), native_rotate(dk, cos, sin, backward=True)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            dq, dk = _head_norm_backward(dq, layer.q_norm, *kept[:2]), _head_norm_backward(dk, layer.k_norm, *kept[2:])
+        # From its end on, each part takes what is its own: where a layer is recomputed nothing else holds that.
+        saved = list(ctx.saved_tensors)
+        dh, *d_mlp = _mlp_backward(dy.to(saved[2].dtype).contiguous(), saved, layer)
+        dq, dk, dv, *d_o = _attention_backward(dh, saved, layer, ctx.layout)
+        dk = _head_norm_backward(dk, layer.k_norm, saved)
+        dq = _head_norm_backward(dq, layer.q_norm, saved)
+        x, rstd, normed, xa_qkv = _last(saved, 4)
         needs_dx = ctx.needs_input_grad[0]
         dx, d_qkv = native_backward(normed, xa_qkv, layer.qkv, [*map(_joined, (dq, dk, dv))], needs_dx=needs_dx)
         if dx is not None:
             dx = native_rms_norm_backward(dx, x, layer.input_norm.weight, rstd, added=dh)
-        return dx, None, None, None, None, *d_qkv, *d_o, *d_matrices, *d_down
+        return dx, None, None, None, None, *d_qkv, *d_o, *d_mlp
+
+
+def _mlp_backward(dy: torch.Tensor, saved: list[torch.Tensor], layer: DecoderLayer) -> list[torch.Tensor]:
+    """The gradient of h, and of the MLP's matrices."""
+    activated, xa_down = _last(saved, 2)
+    d_activated, d_down = native_backward(activated, xa_down, layer.down, [dy], needs_dx=True)
+    del activated
+    d_gate_up = native_silu_mul_backward(d_activated, *_last(saved, 2))
+    del d_activated
+    h, h_rstd, h_normed, xa_gate_up = _last(saved, 4)
+    d_normed, d_matrices = native_backward(h_normed, xa_gate_up, layer.gate_up, d_gate_up, needs_dx=True)
+    dh = native_rms_norm_backward(d_normed, h, layer.post_norm.weight, h_rstd, added=dy)
+    return [dh, *d_matrices, *d_down]
+
+
+def _attention_backward(
+    dh: torch.Tensor, saved: list[torch.Tensor], layer: DecoderLayer, layout: RowLayout
+) -> list[torch.Tensor]:
+    """The gradients of q, k and v as they are projected (or normalized), and of o's matrices."""
+    q, k, v, attended, lse, xa_o = _last(saved, 6)
+    cos, sin = saved[:2]
+    d_attended, d_o = native_backward(_joined(attended), xa_o, layer.o, [dh], needs_dx=True)
+    d_attended = d_attended.view(1, q.shape[2], -1, layer.head_size).transpose(1, 2)
+    dq, dk, dv = native_attention.native_backward(d_attended, q, k, v, attended, lse, layout, layer.scale)
+    dq, dk = native_rotate(dq, cos, sin, backward=True), native_rotate(dk, cos, sin, backward=True)
+    return [dq, dk, dv, *d_o]
+
+
+def _last(saved: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """Take the last `count` off."""
+    taken = saved[-count:]
+    del saved[-count:]
+    return taken
 
 
 def _joined(heads: torch.Tensor) -> torch.Tensor:
@@ -144,5 +169,8 @@ def _head_norm(heads: torch.Tensor, norm: Norm | None) -> tuple[tuple[torch.Tens
     return (rows, rstd), normed.transpose(1, 2)
 
 
-def _head_norm_backward(grad: torch.Tensor, norm: Norm, rows: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+def _head_norm_backward(grad: torch.Tensor, norm: Norm | None, saved: list[torch.Tensor]) -> torch.Tensor:
+    if norm is None:
+        return grad
+    rows, rstd = _last(saved, 2)
     return native_rms_norm_backward(grad.transpose(1, 2), rows, norm.weight, rstd).transpose(1, 2)

@@ -41,8 +41,11 @@ class Fused:
     frozen: int = 0
 
 
-def fuse(model: PeftModel) -> Fused:
-    """Replace the forwards that allow it. For a model whose layers are compiled: `models.compiled`."""
+def fuse(model: PeftModel, *, on_cpu: bool = True) -> Fused:
+    """Replace the forwards that allow it, for computing on a CPU or not.
+
+    For a model whose layers are compiled: `models.compiled`.
+    """
     count = Fused()
     grouped: set[torch.nn.Module] = set()
     frozen = set(_frozen_linears(model))
@@ -78,7 +81,7 @@ def fuse(model: PeftModel) -> Fused:
         else:
             continue
         fused.add(module)
-    if not shares_kv:
+    if on_cpu and not shares_kv:
         count.layers = run_whole(decoder_layers(model), fused)
     return count
 

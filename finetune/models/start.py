@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from finetune.console import warn
 from finetune.errors import ModelError, first_line
 from finetune.files import sha256_file
-from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base
+from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base, token_indices
 from finetune.recipe.hub_address import parse_address
 from finetune.recipe.schema import LoraSection
 from finetune.run_dir import RunDir
@@ -31,19 +33,26 @@ _SETTINGS = {
 class Start:
     """An adapter's files."""
 
-    folder: Path
+    folder: Path | None  # None where a checkpoint took its weights over and it is gone
     sha256: str  # of its weights
 
 
-def find_start(adapter: LoraSection) -> Start | None:
+def find_start(adapter: LoraSection, tokenizer: Any, *, recorded: str | None = None) -> Start | None:
     """The adapter that the recipe starts from, if any.
 
+    `recorded` is the hash of its weights in the checkpoint from which the run goes on: then it may be gone.
+
     Raises:
-        ModelError: there is no adapter, or one of another rank or scale than the recipe's.
+        ModelError: there is no adapter, or one of another rank, scale or other tokens than the recipe's.
     """
     if adapter.start_from is None:
         return None
-    folder = _folder(adapter.start_from)
+    try:
+        folder = _folder(adapter.start_from)
+    except ModelError:
+        if recorded is None:
+            raise
+        return Start(None, recorded)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         values = {name: config.get(theirs) or _nothing(adapter, name) for name, theirs in _SETTINGS.items()}
@@ -56,6 +65,8 @@ def find_start(adapter: LoraSection) -> Start | None:
     others = [
         f"adapter.{name}: {json.dumps(value)}" for name, value in values.items() if not _same(adapter, name, value)
     ]
+    if not _has_tokens(adapter, tokenizer, folder, config):
+        others.append("adapter.trainable_tokens: the same tokens in the same order")
     if others:
         raise ModelError(
             f"{KEY}: the adapter in {folder} has other settings than the recipe; write what it has:\n  "
@@ -75,19 +86,29 @@ def _same(adapter: LoraSection, name: str, value: Any) -> bool:
     return list(own.items()) == list(value.items()) if isinstance(own, dict) else bool(own == value)
 
 
-def compare_base(start: Start, base: dict[str, Any]) -> None:
-    """Warn if the adapter was trained on another model than that of the fingerprint `base`, where that is recorded."""
-    recorded = start.folder / "fingerprints.json"
-    if recorded.is_file():
-        theirs = json.loads(recorded.read_text(encoding="utf-8"))["base"]
+def _has_tokens(adapter: LoraSection, tokenizer: Any, folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the adapter's trained tokens are the recipe's: rows of the same number would go to any others."""
+    theirs = config.get("trainable_token_indices") or []
+    if theirs != token_indices(adapter, tokenizer):
+        return False
+    saved = folder / "tokenizer.json"
+    if not theirs or not saved.is_file():
+        return True
+    vocabulary = Tokenizer.from_file(str(saved))
+    return all(vocabulary.id_to_token(index) == tokenizer.convert_ids_to_tokens(index) for index in theirs)
+
+
+def compare_base(folder: Path, base: dict[str, Any]) -> None:
+    """Warn if the adapter in `folder` was trained on another model than that of the fingerprint `base`, if it says."""
+    try:
+        theirs = json.loads((folder / "fingerprints.json").read_text(encoding="utf-8"))["base"]
         name, differs = theirs["name"], theirs["sha256"] != base["sha256"]
-    else:
-        config = json.loads((start.folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        name = config.get("base_model_name_or_path")
-        differs = Path(str(name)).name != Path(str(base["name"])).name
+    except (OSError, ValueError, KeyError, TypeError):
+        name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        differs = bool(name) and Path(str(name)).name != Path(str(base["name"])).name
     if differs:
         warn(
-            f"{KEY}: the adapter in {start.folder} was trained on {name} and the recipe's model is {base['name']}: "
+            f"{KEY}: the adapter in {folder} was trained on {name} and the recipe's model is {base['name']}: "
             "what changes one model's answers may spoil another's"
         )
 

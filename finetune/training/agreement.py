@@ -16,8 +16,17 @@ from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 from finetune.training.resume import changed_fingerprints, changed_keys
 
-# Where things are may differ: what is there is compared.
-PLACES = ("model.name", "output_dir", "logging", "hub")
+# Where things are may differ: what is there is compared. How many layers are recomputed, each machine's memory decides.
+PLACES = (
+    "model.name",
+    "model.tokenizer",
+    "adapter.start_from",
+    "data.template",
+    "output_dir",
+    "logging",
+    "hub",
+    "training.gradient_checkpointing",
+)
 
 
 def check_agreement(recipe: Recipe, fingerprints: dict[str, Any], *, num_steps: int, first_step: int) -> None:

@@ -185,7 +185,7 @@ def _check_model(checkup: Checkup) -> Iterator[Finding]:
 def _check_adapter(checkup: Checkup) -> Iterator[Finding]:
     recipe = checkup.recipe
     check_names(checkup.config, recipe.model, recipe.adapter, precision=recipe.training.precision)
-    if (start := find_start(recipe.adapter)) is not None:
+    if (start := find_start(recipe.adapter, checkup.tokenizer)) is not None:
         yield fact("adapter", f"starts from the adapter in {start.folder}", start=str(start.folder))
     weights = checkup.planner.weights(checkup.recipe)
     targets = checkup.planner.targets(checkup.recipe)

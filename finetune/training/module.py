@@ -135,16 +135,16 @@ class FinetuneModule(L.LightningModule):
         assert training.gradient_checkpointing != "auto", "prepare_job settles it"
         checkpoint_layers(base, training.gradient_checkpointing)
         model = attach_adapter(base, recipe.adapter, self.tokenizer, seed=training.seed)
-        if self.start is not None:
+        if self.start is not None and self.start.folder is not None:
             load_adapter(model, self.start.folder)
         # Not the converted copy that was loaded: what is saved has to say which model another machine needs.
         for config in model.peft_config.values():
             config.base_model_name_or_path, config.revision = self.source.location, self.source.revision
-        fused = make_traceable(model) if training.compile else fuse(model)
+        computes_on_cpu = torch.device(device).type == "cpu"
+        fused = make_traceable(model) if training.compile else fuse(model, on_cpu=computes_on_cpu)
         if fused.left_to_peft:
             say(f"{fused.left_to_peft} adapter layers run PEFT's own forward: dropout, DoRA and int8 are not fused")
-        on_cpu = torch.device(device).type == "cpu" and training.precision.startswith("bf16")
-        if on_cpu and (reason := native.why_missing()) is not None:
+        if computes_on_cpu and training.precision.startswith("bf16") and (reason := native.why_missing()) is not None:
             say(f"no native kernels, torch's instead: {reason}")
         self.loss_model = LossModel(model)
         if sharded:

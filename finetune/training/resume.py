@@ -26,6 +26,7 @@ _VALIDATION = "the validation data"
 HARMLESS = (
     "name",
     "output_dir",
+    "adapter.start_from",  # its weights are compared by their hash
     "logging",
     "checkpoint",
     "distributed",
@@ -80,6 +81,17 @@ def find_checkpoint(
     return checkpoint
 
 
+def recorded_start(run: RunDir) -> str | None:
+    """The hash of the adapter that the run's newest checkpoint started from."""
+    for path in reversed(list_checkpoints(run.checkpoints)):
+        try:
+            found: str | None = json.loads((path / FINGERPRINTS).read_text()).get("start")
+            return found
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def put_later_aside(run: RunDir, step: int) -> None:
     """Move checkpoints behind `step` to `checkpoints-aside/`: the run goes another way from there, or they are damaged.
 
@@ -124,7 +136,7 @@ def changed_fingerprints(old: dict[str, Any], new: dict[str, Any], place: str) -
     if old["data"]["train"] != new["data"]["train"]:
         changes.append(f"the training data: its samples are others than {place}")
     if old.get("start") != new.get("start"):
-        changes.append(f"adapter.start_from: its weights are others than {place}")
+        changes.append(f"the adapter that it starts from: its weights are others than {place}")
     if old["data"].get("validation") != new["data"].get("validation"):
         changes.append(f"{_VALIDATION}: its samples are others than {place}")
     return changes

@@ -44,12 +44,12 @@ from finetune.training.fitting import place, with_checkpointing
 from finetune.training.module import FinetuneModule
 from finetune.training.out_of_memory import Halving, check_halving
 from finetune.training.preemption import Preemption, requeue
+from finetune.training.resume import recorded_start
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
 from finetune.training.strategy import (
     Placement,
     build_trainer,
-    check_dora,
     check_launch,
     ending_others,
     resolve_placement,
@@ -112,7 +112,6 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
     """
     first = resolve_placement(recipe.distributed)
     check_launch(first)
-    check_dora(recipe, first)
     if recipe.training.auto_micro_batch:
         check_placement(first)
     with in_turn():
@@ -124,7 +123,7 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
         attention = choose_attention(config, recipe.model, recipe.data)
         tokenizer = load_tokenizer(recipe.model, source)
         token_indices(recipe.adapter, tokenizer)
-        start = find_start(recipe.adapter)
+        start = find_start(recipe.adapter, tokenizer, recorded=recorded_start(resolve_run(recipe)))
         template, recipe = _load_dated_template(recipe, tokenizer)
         data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
     # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.

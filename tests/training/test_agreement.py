@@ -24,6 +24,7 @@ def test_the_same_at_other_places_is_no_difference() -> None:
     other = found()
     recipe = yaml.safe_load(other["recipe"])
     recipe["model"]["name"], recipe["data"]["sources"][0]["path"] = "/local/m", "/local/rows.jsonl"
+    recipe["adapter"]["start_from"], recipe["training"]["gradient_checkpointing"] = "/local/first", 3
     other["recipe"] = yaml.safe_dump(recipe)
     assert differences(found(), other) == []
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.cli import main
+from finetune.export.hub_provenance import compare_fingerprints
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME
 from finetune.run_dir import RunDir
 from finetune.training.metrics import read_metrics
@@ -74,7 +75,50 @@ def test_it_is_resumed_from_its_own_checkpoint_and_refuses_another_start(
     )
     capsys.readouterr()
     run_tiny(name="second", training=FAST, expect=2, **sections)
-    assert "adapter.start_from: its weights are others than at the checkpoint" in capsys.readouterr().err
+    assert "the adapter that it starts from: its weights are others than at the checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_its_start_is_gone_or_elsewhere(first: RunDir, run_tiny: RunTiny, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"training": FAST, "checkpoint": {"every_steps": 1}}
+    second = run_tiny(name="second", adapter={"start_from": str(first.root)}, **sections)
+    want = (second.adapter / WEIGHTS_NAME).read_bytes()
+    first.root.rename(tmp_path / "elsewhere")
+    for start in (first.root, tmp_path / "elsewhere"):
+        for path in (second.checkpoints / "step-000004", second.adapter):
+            shutil.rmtree(path)
+        run_tiny(name="second", adapter={"start_from": str(start)}, **sections)
+        assert (second.adapter / WEIGHTS_NAME).read_bytes() == want
+
+
+def test_before_is_the_bare_base(first: RunDir, run_tiny: RunTiny) -> None:
+    evaluation = {"metrics": ["perplexity"], "before": True}
+    data = {"validation": {"size": 4}}
+    start = {"start_from": str(first.root)}
+    bare = run_tiny(name="bare", training=STILL, evaluation=evaluation, data=data)
+    second = run_tiny(name="second", training=STILL, evaluation=evaluation, data=data, adapter=start)
+    values = [json.loads(run.results.read_text()) for run in (bare, second)]
+    before, after = ([value[when]["metrics"]["perplexity"] for value in values] for when in ("before", "after"))
+    assert before[0] == before[1] == pytest.approx(after[0], rel=1e-4)
+    assert after[1] < 0.99 * before[1]
+
+
+@pytest.mark.parametrize("tokens", [["<b>", "<a>"], ["<a>"], ["<a>", "<c>"], [5, 6]], ids=str)
+def test_tokens_that_the_adapter_has_not_trained_are_refused(
+    tokens: list[Any], run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = run_tiny(name="trained", adapter={"trainable_tokens": ["<a>", "<b>"]}, training=STILL)
+    start = {"start_from": str(trained.root)}
+    run_tiny(name="same", adapter={"trainable_tokens": ["<a>", "<b>"], **start}, training=STILL)
+    capsys.readouterr()
+    run_tiny(name="other", adapter={"trainable_tokens": tokens, **start}, training=STILL, expect=2)
+    assert "adapter.trainable_tokens: the same tokens in the same order" in capsys.readouterr().err
+
+
+def test_fresh_does_not_put_its_own_start_aside(first: RunDir, run_tiny: RunTiny, tmp_path: Path) -> None:
+    own = run_tiny(name="own", training=STILL)
+    start = {"start_from": str(own.checkpoints / "step-000001")}
+    run_tiny(name="own", training=STILL, adapter=start, arguments=("--fresh",), expect=2)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["own"] and own.adapter.is_dir()
 
 
 def damaged(folder: Path, **changes: Any) -> None:
@@ -121,7 +165,7 @@ def test_an_adapter_of_another_base_is_said(
 ) -> None:
     run_tiny("tied_llama", name="second", adapter={"start_from": str(first.root)}, training=STILL)
     assert "was trained on" in " ".join(capsys.readouterr().err.split())
-    (first.adapter / "fingerprints.json").unlink()
+    (first.adapter / "fingerprints.json").write_text('{"other": 1}')
     run_tiny("tied_llama", name="third", adapter={"start_from": str(first.root)}, training=STILL)
     assert "was trained on" in " ".join(capsys.readouterr().err.split())
 
@@ -146,3 +190,10 @@ def test_the_check_looks_at_it(
     assert f"starts from the adapter in {first.adapter}" in capsys.readouterr().out.replace("\n", "")
     assert main(["check", str(path), "adapter.rank=2"]) == 2
     assert "adapter.rank: 4" in capsys.readouterr().out
+
+
+def test_a_run_that_is_made_again_starts_from_the_same_weights() -> None:
+    assert compare_fingerprints({"start": "1" * 64}, {"start": "1" * 64}) == []
+    for other in ({"start": "2" * 64}, {}):
+        (line,) = compare_fingerprints({"start": "1" * 64}, other)
+        assert line.startswith("adapter.start_from: weights of hash 111111111111 then")
