@@ -65,6 +65,11 @@ class Contents:
         """Whether it holds a whole model, and not the adapter that was measured."""
         return self.kind in ("merged", "gguf")
 
+    def public_names(self) -> list[str]:
+        """Names that others are meant to read: of the run, the base, the data sets and the repository."""
+        given = [value.text for value in path_values(self.recipe.model_dump(mode="json")) if "://" not in value.text]
+        return [self.recipe.name, self.base.name, *given, *filter(None, [self.recipe.hub.repo_id])]
+
     def sizes(self) -> dict[str, int]:
         """Path in the repository to size in bytes, sorted."""
         sizes = {
@@ -251,11 +256,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_texts(contents: Contents) -> None:
+    public = contents.public_names()
     for name, content in contents.files.items():
         if Path(name).suffix not in _TEXT_SUFFIXES or Path(name).name in _VOCABULARY:
             continue
         text = (content.read_bytes() if isinstance(content, Path) else content).decode("utf-8", errors="replace")
-        if holds_secret(text):
+        if holds_secret(text, keep=public):
             raise BadInputError(
                 f"{name} holds what looks like a token or key, and was not pushed; remove it from the recipe or "
                 "the tokenizer's files, revoke it if it was ever shared, then push again"

@@ -67,23 +67,23 @@ def write_card(contents: Contents, repo_id: str, licences: Licences, evidence: E
     ]
     body = "\n\n".join(part for part in parts if part)
     metadata = yaml.safe_dump(card_metadata(contents, licences), sort_keys=False, allow_unicode=True)
-    return f"---\n{metadata}---\n\n{redact_secrets(body)}\n"
+    return f"---\n{metadata}---\n\n{redact_secrets(body, keep=[repo_id, *contents.public_names()])}\n"
 
 
 def card_metadata(contents: Contents, licences: Licences) -> dict[str, Any]:
     """The metadata that the Hub reads: base, licence, library, task, data sets and tags."""
-    recipe = contents.recipe
+    recipe, keep = contents.recipe, contents.public_names()
     metadata: dict[str, Any] = {}
     if contents.base.on_hub:
         relation = _RELATION[contents.kind]
-        metadata |= {"base_model": redact_secrets(contents.base.name), "base_model_relation": relation}
+        metadata |= {"base_model": redact_secrets(contents.base.name, keep=keep), "base_model_relation": relation}
     if licences.identifier is not None:
         metadata["license"] = licences.identifier
     metadata["library_name"] = _LIBRARY[contents.kind]
     metadata["pipeline_tag"] = "text-generation"
     datasets = sections.hub_datasets(contents.original)
     if datasets:
-        metadata["datasets"] = [redact_secrets(name) for name in datasets]
+        metadata["datasets"] = [redact_secrets(name, keep=keep) for name in datasets]
     quantized = recipe.model.quantization in ("nf4", "fp4")
     metadata["tags"] = ["finetune", recipe.adapter.method, *(["qlora"] if quantized else [])]
     return metadata

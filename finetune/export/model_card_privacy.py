@@ -15,14 +15,17 @@ from finetune.files import cache_dir
 REMOVED = "[removed]"
 _SHORTEST_SECRET = 8
 _SECRET_NAME = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# The forms that services give their tokens: Hugging Face, Weights & Biases, GitHub, OpenAI (and Anthropic and others
-# that took its form), GitLab, AWS, Slack.
+# The forms that services give their tokens: Hugging Face, Weights & Biases, GitHub, GitLab, AWS, Slack.
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|wandb_v\d_\w{16,}|gh[opsur]_[A-Za-z0-9]{20,}"
-    # A digit tells them from a name such as sk-wikipedia-instructions; only those with a prefix have - and _ inside.
-    r"|(?<!-)sk-(?:(?:proj|svcacct|admin|None|ant|or-v1|lf)-(?=[\w-]*\d)[\w-]{20,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{20,})"
     r"|github_pat_\w{20,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,})"
 )
+# OpenAI's, and those of all that took its form: letters alone, a uuid and words with hyphens are keys of some service.
+# Only a name that is known to be public is none (acme/sk-wikipedia-instructions).
+_SK_KEY = re.compile(r"(?<![A-Za-z0-9])sk-[\w-]{20,}")
+_SK_NAME = re.compile(r"(?<![A-Za-z0-9])sk-[\w-]+")
+# What commands and files append to a name: -merged, -merged-f16, -q8_0.
+_APPENDED = re.compile(r"(?:-[a-z][a-z0-9_]{1,6}){0,2}")
 _ASSIGNED = re.compile(
     r"(?i)\b(\w*(?:api_?key|access_token|auth_token|hf_token|secret|password)\b[\"']?\s*[=:]\s*[\"']?)[^\s\"',;]{8,}"
 )
@@ -38,21 +41,22 @@ _WINDOWS = re.compile(r"\b[A-Za-z]:\\Users\\" + _END)
 def redact(text: str, *, keep: Collection[str] = ()) -> str:
     """`text` without secrets; local paths cut to their last part, the host's name removed.
 
-    Words of `keep` (names that are meant to be public) stay even where the host is called the same. For text of others:
-    a host may be called like a word of ours.
+    Words of `keep` (names that are meant to be public) stay even where the host is called the same, or where they look
+    like a key. For text of others: a host may be called like a word of ours.
     """
-    text = redact_secrets(text)
+    text = redact_secrets(text, keep=keep)
     for host in _hosts():
         if not any(host in word for word in keep):
             text = re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", REMOVED, text)
     return text
 
 
-def redact_secrets(text: str) -> str:
-    """`text` without secrets; local paths cut to their last part."""
+def redact_secrets(text: str, *, keep: Collection[str] = ()) -> str:
+    """`text` without secrets, names of `keep` aside that look like a key; local paths cut to their last part."""
     for secret in known_secrets():
         text = text.replace(secret, REMOVED)
     text = _TOKEN.sub(REMOVED, text)
+    text = _SK_KEY.sub(lambda match: match.group() if _is_public(match.group(), keep) else REMOVED, text)
     text = _ASSIGNED.sub(lambda match: match.group(1) + REMOVED, text)
     text = _BEARER.sub(lambda match: match.group(1) + REMOVED, text)
     text = _IN_URL.sub(r"\1", text)
@@ -61,9 +65,23 @@ def redact_secrets(text: str) -> str:
     return _WINDOWS.sub(lambda match: match.group().rpartition("\\")[2], text)
 
 
-def holds_secret(text: str) -> bool:
-    """Whether a token or key stands in `text`: one of this machine's, or one of a form that services use."""
-    return _TOKEN.search(text) is not None or any(secret in text for secret in known_secrets())
+def holds_secret(text: str, *, keep: Collection[str] = ()) -> bool:
+    """Whether a token or key stands in `text`: one of this machine's, or one of a form that services use.
+
+    Names of `keep` that look like a key are none.
+    """
+    keys = _SK_KEY.findall(text)
+    return (
+        _TOKEN.search(text) is not None
+        or any(not _is_public(key, keep) for key in keys)
+        or any(secret in text for secret in known_secrets())
+    )
+
+
+def _is_public(key: str, names: Collection[str]) -> bool:
+    """Whether what looks like a key is a part of a public name, or of a name made from it."""
+    parts = (part for name in names for part in _SK_NAME.findall(name))
+    return any(key.startswith(part) and _APPENDED.fullmatch(key.removeprefix(part)) for part in parts)
 
 
 def holds_local_path(text: str) -> bool:

@@ -210,7 +210,7 @@ def reproduction(contents: Contents, repo_id: str) -> str:
 def _without_host(contents: Contents) -> Recipe:
     """The recipe without the host's name in what the user has written, names that others need aside."""
     data = contents.recipe.model_dump(mode="json")
-    keep = [contents.base.name, *(source.path for source in contents.recipe.data.sources)]
+    keep = contents.public_names()
     for value in path_values(data):
         value.section[value.path[-1]] = redact(value.text, keep=keep)
     if data["data"]["system"]:

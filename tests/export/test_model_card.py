@@ -228,11 +228,13 @@ def test_licences_come_from_what_is_near(tmp_path: Path) -> None:
         ("password: hunter2hunter2", f"password: {REMOVED}"),
         ("Authorization: Bearer abc.def-ghi", f"Authorization: Bearer {REMOVED}"),
         ("https://me:secretword@host.example/x", "https://host.example/x"),
-        ("sk-abcdefghijklmnopqrstuvwxyz01", REMOVED),
+        ("sk-abcdefghijklmnopqrstuvwxyz", REMOVED),
         ("key:sk-proj-aB_cdefg-hijklmnop_qrstuvw-x1", f"key:{REMOVED}"),
-        ("sk-ant-api03-aB_cdefg-hijklmnop_qrstuvw-xyz", REMOVED),
-        ("acme/sk-wikipedia-instructions-v2", "acme/sk-wikipedia-instructions-v2"),
-        ("the-task-sk-abcdefghijklmnopqrstuvwxyz01", "the-task-sk-abcdefghijklmnopqrstuvwxyz01"),
+        ("sk-svc-name-Ab3dEf6hIj9kLm2nT3BlbkFJXy7zAb3dEf6h", REMOVED),
+        ("sk-0d5a9d0e-4b1c-4a6f-9c55-7f6f5d1b2a3c", REMOVED),
+        ("sk-Zk_1-aB-cdEfghIjkLmnop", REMOVED),
+        ("x-sk-a1a1a1a1a1a1a1a1a1a1a1a1", f"x-{REMOVED}"),
+        ("the-task-sk-learn and task-sk-1", "the-task-sk-learn and task-sk-1"),
         ("see /home/ada/x/y.jsonl:3", "see y.jsonl:3"),
         (r"C:\Users\ada\x.txt", "x.txt"),
         (f"at {Path.home()}/models/m", "at m"),
@@ -249,6 +251,22 @@ def test_redaction(text: str, clean: str) -> None:
 
 def test_a_public_name_stays_where_the_host_is_called_the_same() -> None:
     assert redact(f"model {HOST}-7b on {HOST}", keep=[f"acme/{HOST}"]) == f"model {HOST}-7b on {HOST}"
+
+
+def test_a_public_name_that_looks_like_a_key(base: Path, tmp_path: Path) -> None:
+    names = ["acme/sk-wikipedia-instructions", "acme/sk-wiki2023instructionsdataset", "x/l-sk-summarization-legal-v2"]
+    key = "sk-abcdefghijklmnopqrstuvwxyz"
+    for text in (key, f"x-{key}", f"{names[0]}-{key}", f"sk-wikipedia-instructions{key[3:]}"):
+        assert holds_secret(text, keep=names) and REMOVED in redact(text, keep=names)
+    for name in names:
+        assert not holds_secret(f"{name}-merged-f16.gguf", keep=names) and redact(name, keep=names) == name
+        assert holds_secret(name)
+    run, _ = build_run(tmp_path, base, name=names[0], data={"sources": [{"path": names[1]}]})
+    contents = collect(run)
+    add_card(contents, names[2], Licences())
+    card = contents.files["README.md"]
+    assert isinstance(card, bytes) and all(name in card.decode() for name in names)
+    assert REMOVED not in card.decode().partition("## Samples")[0] + card.decode().partition("## Recipe")[2]
 
 
 @pytest.mark.parametrize("host", ["finetune", "lora", "peft", "training"])
