@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,9 +45,19 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a small file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a small file whole or not at all; a link stays, what it names is replaced.
+
+    A device, a pipe or an open descriptor is written to as it stands.
+    """
     data = content.encode() if isinstance(content, str) else content
+    if _is_stream(path):
+        with naming(path), path.open("ab", buffering=0) as stream:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[stream.write(rest) :]
+        return
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -61,13 +72,34 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             raise
 
 
-def require_own(path: Path, option: str, mark: re.Pattern[bytes]) -> None:
+def _is_stream(path: Path) -> bool:
+    """Whether nothing may be renamed over `path`: a device, a pipe, or an open descriptor, such as /dev/stdout."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return True
+    while path.is_symlink():
+        if os.path.realpath(path.parent).startswith("/proc/"):
+            return True
+        path = path.parent / path.readlink()
+    return False
+
+
+def require_own(path: Path, option: str, mark: re.Pattern[bytes], *, streams: bool = True) -> None:
     """Whether a command may write `path`: nothing is lost there but an earlier output, which opens as `mark` says.
+
+    A device or pipe may be written unless `streams` is false: what is not written by `write_atomic` would replace it.
 
     Raises:
         BadInputError: another file stands there; `option` is what named it.
     """
-    if not os.path.lexists(path) or (path.is_file() and not path.stat().st_size):
+    if _is_stream(path):
+        if streams:
+            return
+        raise BadInputError(f"{option} {path}: is a device or pipe; name a file")
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
         return
     if path.is_dir():
         raise BadInputError(f"{option} {path}: is a directory; name a file in it")
@@ -75,7 +107,7 @@ def require_own(path: Path, option: str, mark: re.Pattern[bytes]) -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if mark.match(content):
                 return
-    except (OSError, ValueError):  # not readable, a device, a link to nothing
+    except (OSError, ValueError):  # not readable, or emptied meanwhile
         pass
     raise BadInputError(
         f"{option} {path}: exists, and is no earlier output of this command; name another file, or remove that one"

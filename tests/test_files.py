@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from finetune import files
-from finetune.files import new_directory, recover_directory, replace_directory, write_atomic
+from finetune.errors import BadInputError
+from finetune.files import new_directory, recover_directory, replace_directory, require_own, write_atomic
 
 
 def killed_at_call(number: int, path: Path) -> None:
@@ -87,3 +89,41 @@ def test_a_lock_that_was_removed_while_it_was_opened_is_nobodys(
     monkeypatch.setattr(files.fcntl, "flock", removed_first)
     with pytest.raises(BlockingIOError, match="just ended"), files.sole_owner(tmp_path / ".lock"):
         pass
+
+
+def test_a_pipe_is_written_and_never_replaced(tmp_path: Path) -> None:
+    pipe, mark = tmp_path / "pipe", re.compile(b"x")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        require_own(pipe, "--output", mark)
+        write_atomic(pipe, "text")
+        assert os.read(reader, 99) == b"text" and pipe.is_fifo()
+        with pytest.raises(BadInputError, match="is a device or pipe"):
+            require_own(pipe, "--out", mark, streams=False)
+    finally:
+        os.close(reader)
+
+
+def test_an_open_descriptor_is_written_as_it_stands(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        log.write("before ")
+        log.flush()
+        (tmp_path / "out").symlink_to(f"/proc/self/fd/{log.fileno()}")
+        require_own(tmp_path / "out", "--output", re.compile(b"x"))
+        write_atomic(tmp_path / "out", "text")
+        assert os.fstat(log.fileno()).st_ino == (tmp_path / "log").stat().st_ino
+    assert (tmp_path / "log").read_text() == "before text" and (tmp_path / "out").is_symlink()
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    link, target = tmp_path / "link", tmp_path / "folder" / "target"
+    link.symlink_to(target)
+    for text in ("mine 1", "mine 2"):
+        require_own(link, "--output", re.compile(b"mine"))
+        write_atomic(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    with pytest.raises(BadInputError, match="is no earlier output"):
+        require_own(link, "--output", re.compile(b"other"))
+    assert [path.name for path in target.parent.iterdir()] == ["target"]

@@ -53,7 +53,7 @@ def export_gguf(job: Job, type_name: str) -> list[str]:
     from finetune.export.gguf_model import write_model
 
     path = job.path(f"{job.name}-{type_name}.gguf")
-    require_own(path, "--out", own_mark("model", job.name))
+    require_own(path, "--out", own_mark("model", job.name), streams=False)
     write_model(job.source, path, type_name, job.name)
     return [f"wrote     {path}", f"start     llama-server --jinja -m {_quote(path)}"]
 
@@ -66,7 +66,7 @@ def export_gguf_lora(job: Job, type_name: str) -> list[str]:
 
     recipe, source = _base(job)
     path = job.path(f"{job.name}-lora-{type_name}.gguf")
-    require_own(path, "--out", own_mark("adapter", job.name))
+    require_own(path, "--out", own_mark("adapter", job.name), streams=False)
     write_lora(job.source, load_config(recipe.model, source), path, type_name, job.name)
     name = recipe.model.name.removeprefix("package://").rpartition("/")[2]
     base = shlex.quote(name) if name.endswith(".gguf") else "BASE.gguf"
@@ -80,7 +80,7 @@ def export_ollama(job: Job, type_name: str) -> list[str]:
     from finetune.export.ollama import MODEL_FILE, MODELFILE, MODELFILE_MARK, write_modelfile
 
     folder = job.path(f"{job.name}-ollama")
-    require_own(folder / MODEL_FILE, "--out", own_mark("model", job.name))
+    require_own(folder / MODEL_FILE, "--out", own_mark("model", job.name), streams=False)
     require_own(folder / MODELFILE, "--out", MODELFILE_MARK)
     # The template first: it may be refused, and weights take minutes.
     text = _modelfile(job)
