@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 1 << 20
 # Spreadsheets write semicolons where the comma is the decimal mark.
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_FIRST_ROWS = 20
+_FIELDS = {field for shape in FORMATS.values() for field in (*shape.required, *shape.optional)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -140,6 +143,8 @@ def _find_files(path: str, where: str) -> list[Path] | None:
     elif target.is_dir():
         found = (file for file in target.rglob("*") if not _hidden(file.relative_to(target)))
         files = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
+        # beside data of another kind, tables of tabs tell about it: meta.tsv
+        files = [file for file in files if file.suffix.lower() != ".tsv"] or files
         if not files:
             raise DataError(f"{path_key(where)}: the folder {path} holds no file of a known kind ({accepted}).")
     elif any(sign in path for sign in "*?["):
@@ -218,30 +223,66 @@ def _read_csv(file: Path) -> Numbered:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
     delimiter = "\t" if file.suffix.lower() == ".tsv" else _find_delimiter(file, text)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    before = 1
-    try:
-        header = reader.fieldnames or ()
-        if repeated := [name for name, count in Counter(header).items() if count > 1 and name]:
-            raise DataError(f"{file}:1: the column {repeated[0]!r} stands in the header twice; rename or remove one.")
-        for row in reader:
-            surplus: Any = row.pop(None, [])  # cells beyond the header; columns that a short row lacks are None
-            is_surplus = any(map(str.strip, surplus))
-            yield before + 1, _surplus_cells(len(header), surplus, delimiter) if is_surplus else row
-            before = reader.line_num
-    except csv.Error as error:
-        hint = "; a quote is never closed" if "unexpected end" in str(error) else ""
-        raise DataError(f"{file}:{before + 1} is not valid CSV: {error}{hint}.") from error
+    rows = _csv_rows(file, text, delimiter)
+    _, header = next(rows, (1, []))
+    if isinstance(header, RowError):
+        raise DataError(f"{file}:1: {header}.")
+    if repeated := [name for name, count in Counter(header).items() if count > 1 and name]:
+        raise DataError(f"{file}:1: the column {repeated[0]!r} stands in the header twice; rename or remove one.")
+    for number, row in rows:
+        if isinstance(row, RowError):
+            yield number, row
+        elif "".join(row[len(header) :]).strip():
+            yield number, _surplus_cells(len(header), len(row), delimiter)
+        elif row:
+            cells: list[str | None] = [*row, *[None] * (len(header) - len(row))]
+            yield number, dict(zip(header, cells, strict=False))
+
+
+def _csv_rows(file: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str] | RowError]]:
+    """Rows and the line on which each begins.
+
+    Many programs write a .tsv file without any quoting: a row of one that opens with a quote and goes on is rejected.
+    """
+    stream, number, before = io.StringIO(text, newline=""), 1, 0
+    reader = csv.reader(stream, strict=True, delimiter=delimiter)
+    while True:
+        position = stream.tell()
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            if file.suffix.lower() != ".tsv":
+                hint = "; a quote is never closed" if "unexpected end" in str(error) else ""
+                raise DataError(f"{file}:{number} is not valid CSV: {error}{hint}.") from error
+            yield number, RowError("a cell opens with a quote and does not end with one; put quotes around the cell")
+            # the lines after it are rows of their own, though the open quote took them in
+            stream.seek(position)
+            stream.readline()
+            reader, before = csv.reader(stream, strict=True, delimiter=delimiter), number
+        else:
+            if row is None:
+                return
+            yield number, row
+        number = before + reader.line_num + 1
 
 
 def _find_delimiter(file: Path, text: str) -> str:
-    """What stands between the cells: a comma, or what alone splits a header in which there is none."""
-    opening = text[:_BLOCK_BYTES]
+    """What stands between the cells: a comma, or what alone splits a header in which there is none.
+
+    A single column may have such a sign in its name: it splits where the first rows have as many cells as the header,
+    or where it makes names of two columns that formats have.
+    """
 
     def splits(delimiter: str) -> bool:
-        return len(next(csv.reader(io.StringIO(opening, newline=""), delimiter=delimiter), ())) > 1
+        header, *rows = islice(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), 1 + _FIRST_ROWS)
+        rows = [row for row in rows if row]
+        even = bool(rows) and all(len(row) == len(header) for row in rows)
+        names = {name.strip() for name in header} - {""}
+        return len(header) > 1 and (delimiter == "," or (even and len(names) > 1) or len(_FIELDS & names) > 1)
 
-    found = [] if splits(",") else [delimiter for delimiter in _DELIMITERS if delimiter != "," and splits(delimiter)]
+    if not text or splits(","):
+        return ","
+    found = [delimiter for delimiter in _DELIMITERS if delimiter != "," and splits(delimiter)]
     if len(found) > 1:
         names = " and by ".join(_DELIMITERS[delimiter] for delimiter in found)
         raise DataError(f"{file}:1: the header has no comma, and is split by {names}; save the file with commas.")
@@ -257,9 +298,9 @@ def _say_delimiter(file: Path, delimiter: str) -> None:
     say(f"{file}: its cells are taken to be split by {_DELIMITERS[delimiter]}")
 
 
-def _surplus_cells(header: int, surplus: list[str], delimiter: str) -> RowError:
+def _surplus_cells(header: int, cells: int, delimiter: str) -> RowError:
     what = _DELIMITERS[delimiter].removesuffix("s")
-    return RowError(f"the row has {header + len(surplus)} cells, the header {header}: a {what} without quotes?")
+    return RowError(f"the row has {cells} cells, the header {header}: a {what} without quotes?")
 
 
 def _read_parquet(file: Path) -> Numbered:

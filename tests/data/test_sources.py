@@ -185,7 +185,7 @@ def test_a_csv_file_of_another_locale(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("prompt;a|b", r"a.csv:1: the header has no comma, and is split by semicolons and by bars; save"),
+        ("prompt;system;x|text|tools", r"a.csv:1: the header has no comma, and is split by semicolons and by bars;"),
         ("prompt,completion,completion", r"a.csv:1: the column 'completion' stands in the header twice"),
     ],
 )
@@ -193,6 +193,30 @@ def test_a_csv_header_that_is_not_sure(header: str, message: str, tmp_path: Path
     (tmp_path / "a.csv").write_text(f"{header}\n1,2,3\n")
     with pytest.raises(DataError, match=message):
         read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("header", ["text|raw", "review; cleaned", "frage\tantwort", "text;"])
+def test_a_single_column_with_such_a_sign_in_its_name(header: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\nfirst\nsecond; third|fourth\n")
+    assert read(tmp_path / "a.csv")[0] == [{header: "first"}, {header: "second; third|fourth"}]
+    (tmp_path / "a.csv").write_text("frage;antwort\na;b\n\nc;d\n")
+    assert read(tmp_path / "a.csv")[0] == [{"frage": "a", "antwort": "b"}, {"frage": "c", "antwort": "d"}]
+
+
+def test_a_tsv_cell_that_opens_with_a_quote_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('prompt\tcompletion\n"Hi" she said\tx\na\t"b\nc"\n"never closed\td\ne\tf\n')
+    values, origins = read(path)
+    assert [str(value).startswith("a cell opens with a quote") for value in values] == [True, False, True, False]
+    assert values[1::2] == [{"prompt": "a", "completion": "b\nc"}, {"prompt": "e", "completion": "f"}]
+    assert origins == [f"{path}:{number}" for number in (2, 3, 5, 6)]
+
+
+def test_a_table_of_tabs_beside_other_data_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "meta.tsv").write_text("prompt\tcompletion\na\tb\n")
+    assert read(tmp_path)[0] == [{"prompt": "a", "completion": "b"}]
+    write(tmp_path / "a.jsonl", ROWS)
+    assert read(tmp_path)[0] == ROWS
 
 
 def test_a_csv_file_whose_header_fits_no_row(tmp_path: Path) -> None:
