@@ -15,11 +15,12 @@ from finetune.export.places import ADAPTER_CONFIG, RECIPE, resolve_repo
 from finetune.recipe.hub_address import HUB_SCHEME
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
+from finetune.recipe.overrides import override_path
 from finetune.run_dir import RunDir
 
 _SMALL_FILES = (RECIPE, FINGERPRINTS, "adapter_config.json", "chat_template.jinja", "*token*.json", "tokenizer*")
 # Overrides of these may change what a run is made from.
-_SHAPING = ("model.", "data.", "adapter.start_from")
+_SHAPING = ("model", "data")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def load_provenance(
     recipe = load_recipe(path)
     base = name_base(recipe, fingerprints)
     found = [f"name={recipe.name}-again", "hub.push=false"]
-    taken = {override.partition("=")[0].strip() for override in overrides}
+    taken = {".".join(override_path(override)) for override in overrides}
     pinned = base.on_hub and base.revision is not None and recipe.model.gguf_file is None
     if pinned and not taken & {"model", "model.name", "model.revision"}:
         found.append(f"model.revision={json.dumps(base.revision)}")
@@ -94,7 +95,8 @@ def check_fingerprints(provenance: Provenance, actual: Mapping[str, Any], overri
             say(f"base and data are those of {provenance.given}")
         return
     text = f"this is not the run of {provenance.given}:\n" + "\n".join(f"  {line}" for line in differences)
-    if any(override.startswith(_SHAPING) for override in overrides):
+    paths = [override_path(override) for override in overrides]
+    if any(path[0] in _SHAPING or path[:2] == ("adapter", "start_from") for path in paths):
         warn(f"{text}\n  It goes on, because model or data are overridden.")
         return
     raise BadInputError(f"{text}\n  To train on what is here instead, run the recipe itself: {provenance.recipe}")

@@ -67,15 +67,20 @@ class Origins:
         return (0, self.line_of(problem.path)) if position is None else (1, position)
 
 
+def override_path(text: str) -> KeyPath:
+    """The key path of `KEY.PATH=VALUE`; messages write data.sources[0].path, which is data.sources.0.path."""
+    key = re.sub(r"\[(\d+)\]", r".\1", text.partition("=")[0])
+    return tuple(piece.strip() for piece in key.split("."))
+
+
 def parse_override(text: str) -> Override:
     """Split `KEY.PATH=VALUE` and read the value as YAML; an empty value is null.
 
     Raises:
         ValueError: there is no `=`, an empty part in the path, or the value is not YAML.
     """
-    key, equals, value = text.partition("=")
-    # messages write data.sources[0].path, which is taken as it is for data.sources.0.path
-    path = tuple(piece.strip() for piece in re.sub(r"\[(\d+)\]", r".\1", key).split("."))
+    _, equals, value = text.partition("=")
+    path = override_path(text)
     if not equals or not all(path):
         raise ValueError(FORM)
     try:

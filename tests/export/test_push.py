@@ -407,9 +407,10 @@ def test_provenance_of_a_pushed_run(
         BadInputError, match=rf"data\.sources\.0\.path.*finetune run {given} data\.sources\.0\.path=PATH"
     ):
         load_provenance(given, endpoint=hub.url)
-    own = ["data.sources.0.path=/elsewhere/rows.jsonl"]
-    found = load_provenance(given, own, endpoint=hub.url)
-    assert load_recipe(found.recipe, [*found.overrides, *own]).data.sources[0].path == "/elsewhere/rows.jsonl"
+    for key in ("data.sources.0.path", "data.sources[0].path", "data . sources [0] . path"):
+        own = [f"{key}=/elsewhere/rows.jsonl"]
+        found = load_provenance(given, own, endpoint=hub.url)
+        assert load_recipe(found.recipe, [*found.overrides, *own]).data.sources[0].path == "/elsewhere/rows.jsonl"
     (tmp_path / "train.jsonl").write_text("{}\n")
     found = load_provenance(given, endpoint=hub.url)
     recipe = load_recipe(found.recipe, found.overrides)
