@@ -167,19 +167,28 @@ def alpaca(fields: Fields) -> list[Message]:
 
 def messages(fields: Fields) -> list[Message]:
     """OpenAI's messages: role and content, with tool calls passed through, and `weight` where it is 0."""
+    return _messages(fields, for_training=True)
+
+
+def prompt_messages(fields: Fields) -> list[Message]:
+    """As `messages`, for a prompt: a turn may be empty, and have any role, which the template takes or refuses."""
+    return _messages(fields, for_training=False)
+
+
+def _messages(fields: Fields, *, for_training: bool) -> list[Message]:
     result = []
     for number, turn in enumerate(fields.turns("messages"), 1):
-        role = turn.get("role")
-        if role not in _ROLES:
+        role, where = turn.get("role"), f"turn {number}: content"
+        if role not in _ROLES and (for_training or not isinstance(role, str)):
             raise RowError(f"turn {number}: role is {describe(role)}; accepted: {', '.join(_ROLES)}")
         message = {key: value for key, value in turn.items() if value is not None and key != "weight"}
-        content = _join_parts(turn.get("content"), f"turn {number}: content")
-        if not message.get("tool_calls"):
-            check_text(content, f"turn {number}: content")
+        content = _join_parts(turn.get("content"), where)
+        if not message.get("tool_calls") and (for_training or not isinstance(content, str)):
+            check_text(content, where)
         message["content"] = "" if content is None else content
         for key, value in message.items():
             check_unicode(value, f"turn {number}: {key}")
-        result.append({**message, **_weight(turn, role, number)})
+        result.append({**message, **_weight(turn, role, number)} if for_training else message)
     return result
 
 

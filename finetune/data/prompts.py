@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import say
-from finetune.data.formats import Conversation, Fields, RowError, check_text, load_line, messages
+from finetune.data.formats import Conversation, Fields, RowError, check_text, check_unicode, load_line, prompt_messages
 from finetune.data.sources import READERS
 from finetune.errors import DataError
 
@@ -51,9 +51,9 @@ def _parse(payload: bytes | Mapping[str, Any] | RowError) -> tuple[Conversation,
     row: Any = load_line(payload) if isinstance(payload, bytes) else payload
     if isinstance(row, str):
         row = {"prompt": row}
-    if isinstance(row, Mapping) and row.get("messages") is not None:
+    if isinstance(row, Mapping) and row.get("messages") not in (None, []):
         fields = Fields(row, {})
-        turns = messages(fields)
+        turns = prompt_messages(fields)
         answered = turns[-1]["role"] == "assistant"
         if answered and len(turns) == 1:
             raise RowError("is no prompt: an assistant's turn is all that it has")
@@ -61,4 +61,9 @@ def _parse(payload: bytes | Mapping[str, Any] | RowError) -> tuple[Conversation,
     if not isinstance(row, Mapping) or "prompt" not in row:
         columns = f"; columns found: {', '.join(map(str, row))}" if isinstance(row, Mapping) else ""
         raise RowError(f'is no prompt; accepted are a string, {{"prompt": "…"}} and {{"messages": […]}}{columns}')
-    return Conversation([{"role": "user", "content": check_text(row["prompt"], "prompt")}]), False
+    text = row["prompt"]
+    if text and isinstance(text, str):  # blanks alone are a prompt, too
+        check_unicode(text, "prompt")
+    else:
+        check_text(text, "prompt")
+    return Conversation([{"role": "user", "content": text}]), False

@@ -101,6 +101,21 @@ def test_prompts_are_read_as_training_reads_rows(tmp_path: Path, capsys: pytest.
         read("c.csv", "question,answer\nhello,hi\n")
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "system", "content": ""}, {"role": "user", "content": "x"}],
+        [{"role": "user", "content": ""}],
+        [{"role": "user", "content": "x"}, {"role": "ipython", "content": "1"}],
+    ],
+)
+def test_a_prompt_may_be_what_no_training_row_is(turns: list[dict[str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"messages": turns}) + '\n{"messages": [], "prompt": "x"}\n{"prompt": " "}\n')
+    single = [[{"role": "user", "content": text}] for text in ("x", " ")]
+    assert [prompt.messages for prompt in read_prompts(file)] == [turns, *single]
+
+
 TOOLS = '{"messages": [{"role": "user", "content": "x"}], "tools": 3}'
 
 
@@ -115,6 +130,7 @@ TOOLS = '{"messages": [{"role": "user", "content": "x"}], "tools": 3}'
         '{"text": "x"}',
         '{"messages": []}',
         '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": 3, "content": "x"}]}',
         TOOLS,
     ],
 )
