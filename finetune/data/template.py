@@ -316,16 +316,26 @@ def _probe_tail(tokenizer: PreTrainedTokenizerBase, name: str, source: str) -> t
 
 
 def _probe_call_end(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
-    """The token that ends a tool call, such as gpt-oss's <|call|>; none where the template writes no calls."""
-    tokens = added_tokens(tokenizer)
-    turn = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
-    try:
-        special = dict(tokenizer.special_tokens_map)
-        text = render(source, special, [_user(), turn], add_generation_prompt=False).rstrip()
-    except DataError:
+    """The token that ends a turn of a tool call, such as gpt-oss's <|call|>; none where the template writes no calls.
+
+    Nor where each of several calls ends with it: an answer that stopped there would lack the others.
+    """
+    tokens, special = added_tokens(tokenizer), dict(tokenizer.special_tokens_map)
+
+    def written(calls: list[Message]) -> str:
+        turn = {"role": "assistant", "content": "", "tool_calls": calls}
+        try:
+            return render(source, special, [_user(), turn], add_generation_prompt=False).rstrip()
+        except DataError:
+            return ""
+
+    text = written([_PROBE_CALL])
+    # a template that drops an empty turn ends in what ends the question
+    if not tokens or _PROBE_CALL["function"]["name"] not in text:
         return []
-    ends = [found for found in token_pattern(tokens).finditer(text) if found.end() == len(text)] if tokens else []
-    return [tokens[found.group()] for found in ends]
+    ends = [found.group() for found in token_pattern(tokens).finditer(text) if found.end() == len(text)]
+    several = written([_PROBE_CALL, {**_PROBE_CALL, "id": "finetune1"}])
+    return [tokens[end] for end in ends if several.count(end) <= text.count(end)]
 
 
 def token_pattern(tokens: Mapping[str, int]) -> re.Pattern[str]:

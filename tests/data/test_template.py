@@ -102,6 +102,23 @@ def test_fm02_the_end_of_a_tool_call_stops_too(tokenizer_of: Tokenizers, section
     assert tokenizer.convert_ids_to_tokens(list(stops)) == ["<|eot_id|>", "<|call|>", "<|end_of_text|>"]
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{% if m.content %}{{ m.content }}{{ '<|eot_id|>' if m.role == 'assistant' else '<|call|>' }}{% endif %}",
+        "{% for c in m.tool_calls %}{{ c.function.name }}<|call|>{% else %}{{ m.content }}<|eot_id|>{% endfor %}",
+    ],
+)
+def test_fm02_a_token_that_ends_no_turn_of_calls_is_no_stop(
+    turn: str, tokenizer_of: Tokenizers, section: Sections
+) -> None:
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    stops = load_template(tokenizer, section([])).stop_token_ids
+    assert tokenizer.convert_ids_to_tokens(list(stops)) == ["<|eot_id|>", "<|end_of_text|>"]
+
+
 def test_fm02_chatml_ends_with_eos_where_im_end_is_no_token(tokenizer_of: Tokenizers, section: Sections) -> None:
     tokenizer = tokenizer_of("gpt2")
     template = load_template(tokenizer, section([], template="chatml"))
