@@ -87,11 +87,13 @@ def load_config(model: ModelSection, source: ModelSource) -> Any:
 def context_length(config: Any) -> int | None:
     """How many tokens the model was made for, with what its rotary positions are stretched by; None: no limit is told.
 
-    Learned positions end there; rotary ones go on, but say nothing that was trained.
+    Learned positions end there; rotary ones go on, but say nothing that was trained. ALiBi and the state of RWKV have
+    no end, though their configurations hold a number; XLNet's is -1.
     """
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
-    if not isinstance(longest, int):
+    endless = getattr(text, "alibi", False) or text.model_type.startswith("rwkv")
+    if not isinstance(longest, int) or longest <= 0 or endless:
         return None
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or longest

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    RwkvConfig,
+    XLNetConfig,
+)
 
 from finetune.models.load import context_length, fit_vocabulary
 from tests.tiny import CONFIGS, write_tokenizer
@@ -65,6 +73,10 @@ def test_fm27_a_base_with_more_rows_than_tokens_keeps_them(architecture: str, tm
     [
         (GPT2Config(n_positions=64), 64),
         (BloomConfig(), None),
+        (FalconConfig(alibi=True), None),
+        (FalconConfig(max_position_embeddings=512), 512),
+        (RwkvConfig(), None),
+        (XLNetConfig(), None),
         (LlamaConfig(max_position_embeddings=512), 512),
         (LlamaConfig(max_position_embeddings=512, rope_parameters=YARN | {"factor": 4.0}), 2048),
         (LlamaConfig(max_position_embeddings=2048, rope_parameters=YARN | {"factor": 4.0}), 2048),
