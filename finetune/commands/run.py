@@ -80,8 +80,9 @@ def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
     run_dir = resolve_run(recipe)
     with ExitStack() as stack:
         if is_rank_zero():
+            was_there = run_dir.root.is_dir()
             _own(run_dir, stack)
-            stack.callback(_leave_nothing, run_dir)
+            stack.callback(_leave_nothing, run_dir, was_there)
             for folder in (run_dir.root, run_dir.checkpoints, *run_dir.checkpoints.glob("step-*")):
                 recover_directory(folder, spare=(f".{run_dir.merged.name}",))  # `finetune merge` may be at work there
             if arguments.fresh:
@@ -122,12 +123,13 @@ def _own(run_dir: RunDir, stack: ExitStack) -> None:
         raise BadInputError(f"output_dir: cannot write to {run_dir.root}: {error.strerror}") from error
 
 
-def _leave_nothing(run_dir: RunDir) -> None:
-    """Remove the directory of a run that was refused before it wrote anything."""
+def _leave_nothing(run_dir: RunDir, was_there: bool) -> None:
+    """Remove the directory of a run that was refused before it wrote anything, unless the user had made it."""
     with suppress(OSError):
         if [path.name for path in run_dir.root.iterdir()] == [run_dir.lock.name]:
             run_dir.lock.unlink()
-            run_dir.root.rmdir()
+            if not was_there:
+                run_dir.root.rmdir()
 
 
 def _keep_start(recipe: Recipe, run_dir: RunDir) -> None:

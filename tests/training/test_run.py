@@ -217,6 +217,9 @@ def test_a_refused_run_leaves_no_directory(run_tiny: RunTiny, tmp_path: Path) ->
     rows = write_jsonl(tmp_path / "unanswered.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     run = run_tiny(expect=2, data={"sources": [{"path": str(rows)}]})
     assert run.root.parent.is_dir() and not run.root.exists()
+    run.root.mkdir()
+    run_tiny(expect=2, data={"sources": [{"path": str(rows)}]})
+    assert list(run.root.iterdir()) == []
 
 
 def test_printed_commands_can_be_pasted(run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
