@@ -236,7 +236,7 @@ def _tool_calls(text: str, where: str) -> list[dict[str, Any]]:
         value = load_line(text.encode())
     except RowError as error:
         raise RowError(f"{where} of a function_call: {error}") from None
-    calls = value if isinstance(value, list) else [value]
+    calls = value if isinstance(value, list) and value else [value]
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
             raise RowError(f'{where} of a function_call holds {describe(call)}; write {{"name": …, "arguments": …}}')

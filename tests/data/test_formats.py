@@ -176,6 +176,7 @@ def test_sharegpt_calls_become_tool_calls() -> None:
     for wrong, found in (
         ("{", "turn 2: value of a function_call: not valid JSON"),
         ("{}", 'turn 2: value of a function_call holds an object; write {"name"'),
+        ("[]", 'turn 2: value of a function_call holds an empty list; write {"name"'),
         ('{"name": "\\ud800", "arguments": {}}', "turn 2: value holds text that is not valid Unicode"),
     ):
         with pytest.raises(RowError, match=found):
