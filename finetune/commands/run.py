@@ -75,6 +75,7 @@ def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
     from finetune.models.startup import importing_libraries
 
     with importing_libraries():
+        from finetune.models.start import keep_start
         from finetune.training.train import resolve_run
 
     run_dir = resolve_run(recipe)
@@ -86,7 +87,7 @@ def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
             for folder in (run_dir.root, run_dir.checkpoints, *run_dir.checkpoints.glob("step-*")):
                 recover_directory(folder, spare=(f".{run_dir.merged.name}",))  # `finetune merge` may be at work there
             if arguments.fresh:
-                _keep_start(recipe, run_dir)
+                keep_start(recipe.adapter, run_dir.root)
                 _put_aside(run_dir)
         return _run_recipe(recipe, run_dir, provenance, arguments, signals)
 
@@ -130,14 +131,6 @@ def _leave_nothing(run_dir: RunDir, was_there: bool) -> None:
             run_dir.lock.unlink()
             if not was_there:
                 run_dir.root.rmdir()
-
-
-def _keep_start(recipe: Recipe, run_dir: RunDir) -> None:
-    start = recipe.adapter.start_from
-    if start is not None and "://" not in start and Path(start).resolve().is_relative_to(run_dir.root.resolve()):
-        raise BadInputError(
-            f"adapter.start_from: {start} is in {run_dir.root}, which --fresh puts aside; give this run another name"
-        )
 
 
 def _put_aside(run_dir: RunDir) -> None:

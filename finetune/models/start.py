@@ -75,6 +75,17 @@ def find_start(adapter: LoraSection, tokenizer: Any, *, recorded: str | None = N
     return Start(folder, sha256_file(folder / WEIGHTS_NAME))
 
 
+def keep_start(adapter: LoraSection, root: Path) -> None:
+    """Refuse to put `root` aside for a run that starts from what is in it.
+
+    Raises:
+        ModelError: naming both.
+    """
+    start = adapter.start_from
+    if start is not None and "://" not in start and Path(start).resolve().is_relative_to(root.resolve()):
+        raise ModelError(f"{KEY}: {start} is in {root}, which --fresh puts aside; give this run another name")
+
+
 def _nothing(adapter: LoraSection, name: str) -> Any:
     # PEFT writes null, or leaves the key out, for what is off or empty.
     return type(getattr(adapter, name))()
