@@ -76,7 +76,7 @@ bench-peers: $(STAMP) ## Train one model with finetune and its peers in turns (i
 	$(BIN)/python benchmarks/peers/run.py --data $(DATA) $(BENCH)
 
 bench-gpu: $(if $(PYTHON_ENV),,$(STAMP)) ## Speed and memory of Falcon-7B on one GPU, random weights, no network
-	PYTHONPATH=. $(or $(PYTHON_ENV),$(BIN)/python) benchmarks/gpu.py $(BENCH)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(or $(PYTHON_ENV),$(BIN)/python) benchmarks/gpu.py $(BENCH)
 
 clean: ## Remove what was installed, built and cached (runs/ stays)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

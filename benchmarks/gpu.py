@@ -13,7 +13,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,16 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(folder: Path, shape: dict[str, Any], accelerator: str, *, steps: int, rounds: int, minutes: float) -> dict:
+def run(
+    folder: Path,
+    shape: dict[str, Any],
+    accelerator: str,
+    *,
+    steps: int,
+    rounds: int,
+    minutes: float,
+    after_round: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     """Write model and data into `folder` and measure the variants; no round begins after `minutes`."""
     from finetune.console import say
     from finetune.training.bench import bench_training
@@ -167,7 +176,8 @@ def run(folder: Path, shape: dict[str, Any], accelerator: str, *, steps: int, ro
         file.writelines(json.dumps(row) + "\n" for row in alpaca_like_rows(words, 2_000))
     recipe = write_recipe(folder, model, accelerator)
     left = minutes - (time.monotonic() - started) / 60
-    return bench_training(recipe, [], list(VARIANTS), steps=steps, rounds=rounds, minutes=left, say=say)
+    limits: dict[str, Any] = {"steps": steps, "rounds": rounds, "minutes": left}
+    return bench_training(recipe, [], list(VARIANTS), **limits, say=say, after_round=after_round)
 
 
 def main() -> None:
@@ -184,17 +194,21 @@ def main() -> None:
 
     if not arguments.tiny and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --tiny tries the command on a CPU")
+
+    def show(report: dict[str, Any]) -> None:
+        print(table(report), flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
     folder = Path(tempfile.mkdtemp(prefix="finetune-bench-", dir=arguments.folder))
     try:
         shape, accelerator = (TINY, "cpu") if arguments.tiny else (FALCON_7B, "cuda")
-        report = run(
-            folder, shape, accelerator, steps=arguments.steps, rounds=arguments.rounds, minutes=arguments.minutes
-        )
+        limits = {"steps": arguments.steps, "rounds": arguments.rounds, "minutes": arguments.minutes}
+        # After every round: a machine that is lent for minutes may end the command before its last.
+        report = run(folder, shape, accelerator, **limits, after_round=show)
     finally:
         shutil.rmtree(folder)
-    print(table(report))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
 
 
 if __name__ == "__main__":

@@ -133,10 +133,12 @@ def bench_training(
     profile: Path | None = None,
     minutes: float = math.inf,
     say: Progress = lambda _: None,
+    after_round: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Time `steps` optimizer steps of each variant `rounds` times, in turns; no new round after `minutes`.
 
-    `profile` is a directory for one torch profiler trace a variant, taken after the rounds.
+    `profile` is a directory for one torch profiler trace a variant, taken after the rounds. `after_round` is given the
+    report so far after every round that is not the last.
 
     Raises:
         BadInputError: for a variant that is unknown or does not fit the recipe.
@@ -157,6 +159,8 @@ def bench_training(
             if results[name].failure is None:
                 say(f"round {number + 1} of {rounds}: {name}")
                 _try(results[name], tasks[name], say)
+        if number + 1 < rounds and any(result.rounds for result in results.values()):
+            after_round(_report(load_recipe(recipe, overrides), results, steps))
     if profile is not None:
         _write_traces(profile, results, tasks, say)
     if not any(result.rounds for result in results.values()):

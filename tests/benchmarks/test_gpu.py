@@ -43,6 +43,18 @@ def test_an_environment_that_is_there_is_used_and_nothing_installed(target: str)
     assert "/env/bin/python " in line and ".venv" not in line
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_packages_of_an_environment_without_its_own_python_are_found() -> None:
+    """Such as those that a GPU machine mounts: they are in PYTHONPATH alone."""
+    command = ["make", "--no-print-directory", "bench-gpu", "PYTHON_ENV=printenv PYTHONPATH;:"]
+    for before, want in (("/packages", ".:/packages"), ("", ".")):
+        environment = {**os.environ, "PYTHONPATH": before}
+        for name in ("MAKEFLAGS", "MAKEOVERRIDES"):
+            environment.pop(name, None)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == want
+
+
 def test_the_shape_is_falcon_7b() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(FalconConfig(**load_script(SCRIPT).FALCON_7B))

@@ -222,7 +222,11 @@ def test_loading_never_holds_the_whole_base_on_a_gpu(
 
 def torchrun(processes: int, *arguments: str) -> None:
     """In processes of their own: this one keeps a CUDA context and no process group."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[2])}
-    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    # An environment may have its packages in PYTHONPATH alone.
+    paths = [str(WORKER.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, *launch, *arguments], env=environment, timeout=300, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]

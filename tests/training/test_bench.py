@@ -58,7 +58,11 @@ def test_a_recipe_may_warm_up_for_longer_than_is_timed(
         tmp_path, model_dir("llama"), rows, training={"max_steps": 200, "schedule": {"warmup_steps": 100}}
     )
     recipe = write_recipe(tmp_path / "tiny.yaml", values)
-    report = bench_training(recipe, [], ["recipe"], steps=1, rounds=1)
+    so_far: list[int] = []
+    report = bench_training(
+        recipe, [], ["recipe"], steps=1, rounds=2, after_round=lambda now: so_far.append(len(now["rounds"]["recipe"]))
+    )
+    assert so_far == [1] and len(report["rounds"]["recipe"]) == 2
     assert report["variants"][0]["tokens_per_second"] > 0
     assert report["peak_dtype"] in ("bfloat16", "float32")
 
