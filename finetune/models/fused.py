@@ -14,6 +14,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -75,6 +76,8 @@ def fuse(model: PeftModel, *, on_cpu: bool = True) -> Fused:
         elif _is_swiglu(module):
             module.forward = MethodType(_swiglu_forward, module)
             count.mlps += 1
+        elif _is_frozen_layer_norm(module):
+            module.forward = MethodType(_layer_norm_forward, module)
         elif (rotating := _with_rotation(type(module).forward)) is not None:
             module.forward = MethodType(rotating, module)
             count.rotations += 1
@@ -90,9 +93,13 @@ def unfuse(model: PeftModel) -> None:
     """Give every module the forward of its class again: what `fuse` is compared with."""
     for module in model.modules():
         replaced = inspect.unwrap(getattr(vars(module).get("forward"), "__func__", None))  # type: ignore[arg-type]
-        ours = (lora_forward, traced_lora_forward, _frozen_forward, _grouped_forward, _norm_forward, _swiglu_forward)
-        if getattr(replaced, "func", replaced) in (*ours, layer_forward) or _rotation_of(replaced) is _rotation:
+        if getattr(replaced, "func", replaced) in _replacements() or _rotation_of(replaced) is _rotation:
             del module.forward
+
+
+def _replacements() -> tuple[Callable[..., Any], ...]:
+    linears = (lora_forward, traced_lora_forward, _frozen_forward, _grouped_forward)
+    return (*linears, _norm_forward, _layer_norm_forward, _swiglu_forward, layer_forward)
 
 
 def _frozen_linears(model: PeftModel) -> Iterator[torch.nn.Module]:
@@ -184,6 +191,26 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
 
 def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, *norm_of(module))
+
+
+def _is_frozen_layer_norm(module: torch.nn.Module) -> bool:
+    # The exact class: others may compute something else.
+    return type(module) is torch.nn.LayerNorm and not any(p.requires_grad for p in module.parameters())
+
+
+def _layer_norm_forward(module: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """In x's dtype under autocast too, which on CUDA makes and keeps an fp32 copy of x for each norm.
+
+    The kernel takes mean and variance in fp32 whatever the dtype. On a CPU autocast leaves layer norms alone.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype not in (torch.bfloat16, torch.float16):
+        return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+    weight, bias = module.weight, module.bias
+    if device != "cpu":  # whose kernel alone takes parameters in fp32 beside x in half precision
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))  # type: ignore[assignment]
+    with torch.autocast(device, enabled=False):
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 def _is_swiglu(module: Any) -> bool:

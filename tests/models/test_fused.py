@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.kernels import native
@@ -16,7 +17,7 @@ from finetune.kernels.attention import NAME, packed_row
 from finetune.kernels.layout import Group, position_ids
 from finetune.kernels.lora import Projection, lora_linears
 from finetune.models.adapters import attach_adapter, trainable_parameters
-from finetune.models.fused import _is_swiglu, _with_rotation, fuse
+from finetune.models.fused import _is_swiglu, _with_rotation, fuse, unfuse
 from finetune.models.load import register_attention
 from finetune.models.projections import _stored_4bit, expand_4bit
 from finetune.recipe.schema import LoraSection
@@ -99,6 +100,35 @@ def test_native_kernels_are_as_near_to_fp32_as_torch(architecture: str, monkeypa
     monkeypatch.setattr(native, "computes_products", lambda: False)
     assert ours <= 1.5 * (gradients(torch.bfloat16) - exact).norm()
     assert ours < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "gpt_neox"])
+def test_layer_norms_stay_in_half_precision_as_the_estimate_counts_them(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's autocast runs layer_norm in fp32, a CPU's does not: here it is made to."""
+    model = adapted(architecture).bfloat16()
+    for parameter in trainable_parameters(model):
+        parameter.data = parameter.data.float()
+    ids, plain, widened = torch.arange(24)[None], F.layer_norm, []
+
+    def as_on_cuda(x: torch.Tensor, shape: Any, *parameters: torch.Tensor | None, **others: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            widened.append(x.dtype)
+            return plain(x.float(), shape, *(None if p is None else p.float() for p in parameters[:2]), *parameters[2:])
+        return plain(x, shape, *parameters, **others)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=ids).logits
+
+    fuse(model)
+    before = logits()
+    monkeypatch.setattr(F, "layer_norm", as_on_cuda)
+    assert torch.equal(logits(), before) and not widened
+    unfuse(model)
+    logits()
+    assert len(widened) > 2
 
 
 def test_rotations_are_found_whatever_the_default_device() -> None:
