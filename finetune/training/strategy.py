@@ -6,6 +6,7 @@ once per optimizer step by the training step itself. FSDP shards the frozen base
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import time
@@ -20,6 +21,7 @@ import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities import distributed as lightning_distributed
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
@@ -245,6 +247,7 @@ def ending_others(trainer: L.Trainer) -> Iterator[None]:
         others = list(started)
         # Lightning watches this very list, and kills this process, its message unsaid, where one of them has failed.
         started.clear()
+        _leave_group_at_exit()
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         for process in others:
             try:
@@ -252,6 +255,14 @@ def ending_others(trainer: L.Trainer) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 process.kill()
         raise
+
+
+def _leave_group_at_exit() -> None:
+    """Take back what Lightning does when a process with NCCL exits.
+
+    It destroys the process group, which waits for the other ranks: in a collective that this one never joins.
+    """
+    atexit.unregister(getattr(lightning_distributed, "_destroy_dist_connection", None))  # type: ignore[arg-type]
 
 
 def _precision_plugin(precision: str, accelerator: str) -> Precision:

@@ -97,3 +97,20 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(monkeypatch: pytest.Monke
         raise OSError("No space left on device")
     assert (waiting.wait(), failed.returncode) == (-signal.SIGKILL, 3)
     assert not launcher.procs, "Lightning's observer would kill the rank that failed first"
+
+
+@pytest.mark.parametrize(("fails", "destroyed"), [(False, True), (True, False)])
+def test_a_rank_that_fails_does_not_wait_for_the_others_at_its_exit(fails: bool, destroyed: bool) -> None:
+    """For NCCL Lightning destroys the process group at exit, which waits for ranks that sit in a collective."""
+    code = f"""
+import atexit
+from types import SimpleNamespace
+from lightning.fabric.utilities import distributed
+from finetune.training.strategy import ending_others
+distributed._distributed_is_initialized = lambda: print("destroyed")
+atexit.register(distributed._destroy_dist_connection)
+with ending_others(SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
+    assert not {fails}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (int(fails), "destroyed\n" if destroyed else ""), done.stderr
