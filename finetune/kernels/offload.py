@@ -23,8 +23,12 @@ def offloaded(min_bytes: int | None = None) -> Any:
     least = MIN_BYTES if min_bytes is None else min_bytes
 
     def to_host(tensor: torch.Tensor) -> Kept:
-        if tensor.nbytes < least or _is_weight(tensor):
+        if _is_weight(tensor):
             return tensor
+        if tensor.nbytes < least:
+            # Not the tensor itself: where a node saves its own output, that would be a cycle, and a pass that fails
+            # would keep its graph until Python collects.
+            return tensor.detach()
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return tensor.device, host.copy_(tensor, non_blocking=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from finetune.kernels.offload import offloaded
+from finetune.kernels.pointwise import rms_norm
+from tests.graphs import function_below
 
 
 def test_gradients_are_the_same_to_the_bit() -> None:
@@ -36,6 +39,20 @@ def test_activations_are_copied_and_parameters_are_not() -> None:
         y = (weight * torch.ones(64, 64, requires_grad=True)).sum()
     assert y.grad_fn.next_functions[0][0]._saved_other is not None
     assert y.grad_fn.next_functions[0][0]._saved_self.data_ptr() == weight.data_ptr()
+
+
+def test_a_pass_that_fails_leaves_no_graph_behind() -> None:
+    """Without waiting for a collection: a node that saves its own output must not hold itself."""
+    gc.disable()
+    try:
+        x = rms_norm(torch.ones(1, 8, requires_grad=True), torch.ones(8), 1e-6)
+        with offloaded(min_bytes=4096):
+            y = torch.sigmoid(x)
+        node = function_below(x)
+        del x, y
+        assert node() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("trained", [False, True])
