@@ -174,6 +174,19 @@ def _grouped_forward(
     return lora_forward(layer, x, *args, **kwargs)
 
 
+def forget_pending(model: torch.nn.Module) -> None:
+    """Let go of what a pass that failed between the layers of a group left for the others: it holds the pass's graph.
+
+    For whoever computes again in the memory of a pass that did not fit.
+    """
+    for module in model.modules():
+        forward = getattr(vars(module).get("forward"), "__func__", None)
+        pending = getattr(forward, "keywords", {}).get("pending")
+        if pending is not None:
+            pending.x = None
+            pending.outputs.clear()
+
+
 def _is_rms_norm(module: torch.nn.Module) -> bool:
     """Whether a frozen norm's own forward gives what `rms_norm` gives: names vary, and some scale by 1 + weight."""
     weight = getattr(module, "weight", None)

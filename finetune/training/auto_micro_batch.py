@@ -18,6 +18,8 @@ from finetune.data.batches import MicroBatch, packed_batch, padded_batch
 from finetune.data.packing import PackedGroup, PackedRow
 from finetune.errors import BadInputError, FinetuneError
 from finetune.kernels.attention import packed_row
+from finetune.machine import is_out_of_memory
+from finetune.models.fused import forget_pending
 from finetune.training.module import FinetuneModule
 from finetune.training.steps import StepDataset
 from finetune.training.strategy import Placement
@@ -124,7 +126,10 @@ def try_step(module: FinetuneModule, micro: MicroBatch) -> bool:
             return True
         free, total = torch.cuda.mem_get_info(module.device)
         return bool(free >= FREE_SHARE * total)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        forget_pending(module.model)
         return False
     finally:
         module.gradients.zero()

@@ -23,7 +23,7 @@ from finetune.machine import is_out_of_memory, naming_out_of_memory, release_fre
 from finetune.models.adapters import attach_adapter, load_adapter, trainable_parameters
 from finetune.models.attention import packs
 from finetune.models.compiled import compile_layers, make_traceable
-from finetune.models.fused import fuse
+from finetune.models.fused import forget_pending, fuse
 from finetune.models.heads import check_head, checkpoint_layers, decoder_layers, supervised_loss
 from finetune.models.isolation import check_isolation, hidden_states
 from finetune.models.load import LESS_FOR_LOADING, fit_vocabulary, load_base
@@ -245,6 +245,7 @@ class FinetuneModule(L.LightningModule):
         else:
             return batch, losses
         # Out of the handler: the error held every activation.
+        forget_pending(self.model)
         self.gradients.zero()
         self.halving.shrink(self.step + 1, micro)
         return self._forward_backward(self.halving.split(batch))

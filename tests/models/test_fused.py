@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -17,10 +18,12 @@ from finetune.kernels.attention import NAME, packed_row
 from finetune.kernels.layout import Group, position_ids
 from finetune.kernels.lora import Projection, lora_linears
 from finetune.models.adapters import attach_adapter, trainable_parameters
-from finetune.models.fused import _is_swiglu, _with_rotation, fuse, unfuse
+from finetune.models.fused import _is_swiglu, _with_rotation, forget_pending, fuse, unfuse
+from finetune.models.heads import decoder_layers
 from finetune.models.load import register_attention
 from finetune.models.projections import _stored_4bit, expand_4bit
 from finetune.recipe.schema import LoraSection
+from tests.graphs import function_below
 from tests.tiny import CONFIGS
 
 
@@ -100,6 +103,24 @@ def test_native_kernels_are_as_near_to_fp32_as_torch(architecture: str, monkeypa
     monkeypatch.setattr(native, "computes_products", lambda: False)
     assert ours <= 1.5 * (gradients(torch.bfloat16) - exact).norm()
     assert ours < 0.1 * exact.norm()
+
+
+def test_a_pass_that_failed_between_the_layers_of_a_group_can_be_let_go() -> None:
+    model, kept = adapted("qwen3"), []
+    fuse(model)
+    failing = decoder_layers(model)[-1].self_attn.q_norm
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        kept.append(function_below(x))
+        raise torch.OutOfMemoryError
+
+    failing.forward = fail
+    with pytest.raises(torch.OutOfMemoryError):
+        model(input_ids=torch.arange(12)[None])
+    gc.collect()
+    assert kept[0]() is not None
+    forget_pending(model)
+    assert kept[0]() is None
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "gpt_neox"])

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from finetune.errors import BadInputError
+from finetune.models.heads import decoder_layers
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DistributedSection
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement, largest, trial_batch, try_step
 from finetune.training.module import FinetuneModule, LossModel
+from finetune.training.out_of_memory import Halving
 from finetune.training.steps import StepDataset
 from finetune.training.strategy import Placement, build_trainer, resolve_placement
 from finetune.training.train import build_loader, prepare_job
+from tests.graphs import function_below
 from tests.tiny import tiny_recipe, write_recipe
 
 ModelDir = Callable[[str], Path]
@@ -99,6 +104,48 @@ def test_a_trial_leaves_no_gradient(model_dir: ModelDir, rows: Path, tmp_path: P
     module.configure_optimizers()
     assert try_step(module, steps[0].micro_batches[0])
     assert all(not p.grad.any() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_what_does_not_fit_leaves_nothing_in_memory(
+    kind: type[Exception],
+    halves: bool,
+    model_dir: ModelDir,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a trial nor a step that is computed again; q_norm stands between the layers of a group."""
+    module, steps = build(model_dir("qwen3"), rows, tmp_path, "isolated")
+    trainer = module.trainer = build_trainer(module.placement, module.recipe.training, [])
+    module.configure_model()
+    module.configure_optimizers()
+    failing, nodes = decoder_layers(module.model)[-1].self_attn.q_norm, []
+    own = vars(failing).pop("forward", failing.forward)
+
+    def fail_once(x: torch.Tensor) -> torch.Tensor:
+        failing.forward = own
+        nodes.append(function_below(x))
+        raise kind("CUBLAS_STATUS_ALLOC_FAILED")  # what cuBLAS says has no class of its own
+
+    failing.forward = fail_once
+    if not halves:
+        assert not try_step(module, steps[0].micro_batches[0])
+    else:
+        module.halving = Halving(steps)
+        shrink = Halving.shrink
+
+        def collected(halving: Halving, *arguments: Any) -> None:
+            gc.collect()
+            nodes.append(nodes[0]())
+            shrink(halving, *arguments)
+
+        monkeypatch.setattr(Halving, "shrink", collected)
+        trainer.fit(module, build_loader(steps, module.recipe, module.placement))
+        assert nodes.pop() is None
+    gc.collect()
+    assert nodes[0]() is None
 
 
 def test_it_is_refused_where_it_could_not_be_found_out() -> None:
