@@ -35,6 +35,8 @@ from finetune.recipe.schema import DistributedSection, Recipe, TrainingSection
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 # Where one rank fails others often do: how long they have to say why.
 LAST_WORDS_SECONDS = 2.0
+# By which Lightning tells all ranks of a SIGTERM; since 2.6.
+BROADCAST_OF_SIGTERM = "_broadcast_sigterm_tensor"
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def build_trainer(placement: Placement, training: TrainingSection, callbacks: li
     environment = launcher()
     if environment is not None and placement.strategy != "single":
         plugins.append(environment)
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=placement.accelerator,
         devices=placement.devices,
         num_nodes=placement.num_nodes,
@@ -224,6 +226,11 @@ def build_trainer(placement: Placement, training: TrainingSection, callbacks: li
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    loop: Any = trainer.fit_loop.epoch_loop
+    if hasattr(loop, BROADCAST_OF_SIGTERM):
+        # It waits for the GPU before every batch. `Preemption` counts votes, of every signal, without waiting.
+        setattr(loop, BROADCAST_OF_SIGTERM, lambda: None)
+    return trainer
 
 
 def keep_fp32_exact() -> None:

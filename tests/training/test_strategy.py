@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
@@ -77,7 +78,7 @@ def test_fp32_products_are_exact_whatever_was_set_before() -> None:
 def test_a_trainer_on_a_gpu_keeps_fp32_exact(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
     monkeypatch.setattr("finetune.training.strategy.keep_fp32_exact", lambda: kept.append(True))
-    monkeypatch.setattr(L, "Trainer", lambda **_: None)
+    monkeypatch.setattr(L, "Trainer", lambda **_: MagicMock())
     build_trainer(Placement(accelerator, 1, 1, "single"), TrainingSection(), [])
     assert kept == [True] * (accelerator == "cuda")
 
@@ -97,6 +98,19 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(monkeypatch: pytest.Monke
         raise OSError("No space left on device")
     assert (waiting.wait(), failed.returncode) == (-signal.SIGKILL, 3)
     assert not launcher.procs, "Lightning's observer would kill the rank that failed first"
+
+
+def test_no_batch_waits_to_hear_of_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning asks before every batch of several ranks; votes are counted after each step anyway."""
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: asked.append(tensor))
+    trainer: Any = build_trainer(Placement("cpu", 1, 1, "single"), TrainingSection(max_steps=1), [])
+    loop = trainer.fit_loop.epoch_loop
+    getattr(loop, strategy.BROADCAST_OF_SIGTERM, lambda: None)()
+    assert not asked
+    if own := getattr(type(loop), strategy.BROADCAST_OF_SIGTERM, None):
+        own(loop)
+        assert len(asked) == 1
 
 
 @pytest.mark.parametrize(("fails", "destroyed"), [(False, True), (True, False)])
