@@ -103,7 +103,7 @@ def varlen_attention(
     rows = row_sequences(layout, query.shape[2], query.device)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     if rows.keys is not None:
-        k, v = k.index_select(0, rows.keys), v.index_select(0, rows.keys)
+        k, v = _Gather.apply(k, rows.keys), _Gather.apply(v, rows.keys)
     out: torch.Tensor = kernel(
         q,
         k,
@@ -117,3 +117,22 @@ def varlen_attention(
         **(GROUPED if q.shape[1] != k.shape[1] else {}),
     )
     return out.transpose(0, 1)[None]
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of x, each as often as `index` names it. Its gradient is summed in fp32.
+
+    index_select's own adds values in x's dtype, on CUDA one after the other: in bf16 that rounds what 512 samples give
+    to their prefix by 2.7 % in all, against 0.2 %.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, index):  # type: ignore[no-untyped-def]
+        ctx.num_rows, ctx.index = x.shape[0], index
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.num_rows, *grad.shape[1:], dtype=dtype, device=grad.device)
+        return total.index_add_(0, ctx.index, grad.to(dtype)).to(grad.dtype), None

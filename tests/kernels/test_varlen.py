@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.kernels import varlen
 from finetune.kernels.layout import Group, dense_mask
@@ -68,6 +69,24 @@ def test_sequences_are_the_dense_mask(
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_what_samples_give_to_their_prefix_is_summed_in_fp32() -> None:
+    """On CUDA torch adds one value after the other, and in bf16 would round at each; on a CPU it does not."""
+    summed: list[torch.dtype] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (torch.ops.aten.index_add, torch.ops.aten.index_add_):
+                summed.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 1, 15, 8).bfloat16().requires_grad_() for _ in range(3)]
+    with Watching():
+        varlen_attention(*inputs, ROWS["prefix"], None, definition).sum().backward()
+    assert summed == [torch.float32] * 2
+    assert all(tensor.grad.dtype == torch.bfloat16 for tensor in inputs)
 
 
 def test_keys_are_gathered_only_for_a_prefix() -> None:
