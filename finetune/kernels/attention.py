@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def segment_attention(
     elif layout:
         out = block_attention(query, key, value, attention_blocks(layout, num_tokens), scaling)
     else:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        out = _torch_attention(query, key, value, None, scaling)
     return out.transpose(1, 2), None
 
 
@@ -119,8 +120,35 @@ def _masked_block_attention(
 ) -> torch.Tensor:
     """The same by one dense mask: any device, quadratic in the row."""
     num_tokens = query.shape[2]
-    mask = block_mask(blocks, num_tokens, query.device)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return _torch_attention(query, key, value, _row_mask(tuple(blocks), num_tokens, query.device), scale)
+
+
+# A mask is quadratic in the row: only that of the row being computed is kept.
+@lru_cache(maxsize=1)
+def _row_mask(blocks: tuple[Block, ...], num_tokens: int, device: torch.device) -> torch.Tensor:
+    """`block_mask`, computed once for all layers."""
+    with torch.inference_mode(False):  # a measurement's may be used in training
+        return block_mask(list(blocks), num_tokens, device)
+
+
+def _torch_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """torch's attention by a mask, or causal without one."""
+    if _needs_all_heads(query, key, value, masked=mask is not None):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _needs_all_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, masked: bool) -> bool:
+    """Whether torch, given fewer key heads than query heads, would write out all scores.
+
+    On CUDA only its flash kernel takes them so, which takes no mask; the memory-efficient one needs a key head each.
+    """
+    return query.is_cuda and key.shape[1] != query.shape[1] and (masked or not varlen.takes(query, value))
 
 
 class _CpuBlockAttention(torch.autograd.Function):

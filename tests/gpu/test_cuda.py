@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from finetune.cli import main
 from finetune.commands.run import _Measure
 from finetune.kernels import offload
+from finetune.kernels.attention import packed_row, segment_attention
 from finetune.kernels.layout import Group, dense_mask
 from finetune.kernels.varlen import takes, varlen_attention
 from finetune.models.adapters import WEIGHTS_NAME
@@ -159,6 +160,30 @@ def test_the_flash_kernel_gives_what_the_dense_mask_gives(layout: Any, heads: in
     got_grads = torch.autograd.grad(got, inputs, grad)
     for ours, theirs in zip(got_grads, torch.autograd.grad(want, exact, grad.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=4e-2, atol=4e-2 * float(theirs.abs().max()))
+
+
+def test_fp32_rows_never_write_all_scores_out() -> None:
+    """A row of 8,192 tokens: the scores of 8 heads are 2.1 GB, in each direction."""
+    torch.manual_seed(0)
+    shapes = [(1, heads, 8192, 64) for heads in (8, 2, 2)]
+    inputs = [torch.randn(shape, device="cuda").requires_grad_() for shape in shapes]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with packed_row((Group(64, (128,) * 60),)):
+        segment_attention(torch.nn.Module(), *inputs, None)[0].sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 1e9
+
+
+def test_many_samples_give_their_prefix_an_exact_gradient() -> None:
+    torch.manual_seed(0)
+    layout = (Group(16, (1,) * 512),)
+    inputs = [torch.randn(1, 2, 528, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    grad = torch.randn(1, 2, 528, 64, device="cuda", dtype=torch.bfloat16) + 0.3
+    *_, got = torch.autograd.grad(varlen_attention(*inputs, layout, None), inputs, grad)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    mask = dense_mask(layout, 528, torch.device("cuda"))
+    *_, want = torch.autograd.grad(F.scaled_dot_product_attention(*exact, attn_mask=mask), exact, grad.double())
+    assert (got.double() - want)[:, :, :16].norm() < 5e-3 * want[:, :, :16].norm()
 
 
 SETTINGS = [

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from finetune.kernels.attention import block_attention, packed_row, segment_attention
+from finetune.kernels import attention
+from finetune.kernels.attention import (
+    _masked_block_attention,
+    _row_mask,
+    block_attention,
+    packed_row,
+    segment_attention,
+)
 from finetune.kernels.layout import Group, RowLayout, attention_blocks, dense_mask, position_ids
 
 LAYOUTS: dict[str, RowLayout] = {
@@ -47,6 +57,54 @@ def test_without_a_layout_attention_is_causal() -> None:
     out, _ = segment_attention(torch.nn.Module(), query, key, value, None)
     want = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, want.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "kv_heads", "given"),
+    [
+        (torch.bfloat16, None, 2, (2, True)),
+        (torch.float32, None, 2, (6, False)),
+        (torch.float32, LAYOUTS["groups"], 2, (6, False)),
+        (torch.float32, LAYOUTS["groups"], 6, (6, False)),
+    ],
+)
+def test_a_gpu_writes_no_scores_out_for_shared_key_heads(
+    dtype: torch.dtype,
+    layout: RowLayout | None,
+    kv_heads: int,
+    given: tuple[int, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There only torch's flash kernel takes fewer key heads than query heads: in half precision, without a mask."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    seen: list[tuple[int, bool]] = []
+
+    def noted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> torch.Tensor:
+        seen.append((value.shape[1], settings["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(attention, "_row_mask", lambda *_: torch.empty(45, 45, dtype=torch.bool, device="cuda"))
+    with FakeTensorMode(), packed_row(layout):
+        inputs = [torch.empty(1, heads, 45, 16, dtype=dtype, device="cuda") for heads in (6, kv_heads, kv_heads)]
+        segment_attention(torch.nn.Module(), *inputs, None)
+    assert seen == [given]
+
+
+def test_repeated_key_heads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, blocks = tensors(48, torch.float32), attention_blocks(LAYOUTS["shared prefix"], 48)
+    want = _masked_block_attention(*inputs, blocks, None)
+    monkeypatch.setattr(attention, "_needs_all_heads", lambda *_, **masked: True)
+    torch.testing.assert_close(_masked_block_attention(*inputs, blocks, None), want)
+
+
+def test_a_mask_is_made_once_for_all_layers() -> None:
+    _row_mask.cache_clear()
+    inputs, blocks = tensors(48, torch.float32), attention_blocks(LAYOUTS["shared prefix"], 48)
+    with torch.inference_mode():
+        _masked_block_attention(*inputs, blocks, None)
+    _masked_block_attention(*inputs, blocks, None).sum().backward()
+    assert _row_mask.cache_info()[:2] == (1, 1)
 
 
 def test_fm11_a_sample_does_not_see_its_neighbours() -> None:
