@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 from finetune.kernels import native, traced
 
-# fp32 logits of one chunk. 32 MB stays near the caches of a CPU and is far below a GPU's other needs.
-CHUNK_BYTES = 32 * 2**20
+# fp32 logits of one chunk. 32 MB stays near the caches of a CPU. On a GPU that is 64 tokens of a vocabulary of 128,000,
+# too few to fill it; 256 MB is below its other needs.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 
 # fp32 logits that fit into a core's second cache.
 CACHED_BYTES = 2**20
@@ -39,9 +40,14 @@ def _starts(count: int, size: int) -> range:
     return starts if traced.current() is None else starts[:2]
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """Tokens whose fp32 logits fill one chunk, at least 16 and a multiple of 8."""
-    return max(16, CHUNK_BYTES // (4 * vocab_size) // 8 * 8)
+def chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """Tokens whose fp32 logits fill one chunk on such a device, at least 16 and a multiple of 8."""
+    return max(16, CHUNK_BYTES[device_type] // (4 * vocab_size) // 8 * 8)
+
+
+def _device_type(tensor: torch.Tensor) -> str:
+    """The type of device that a tensor is on, or stands for in an estimate."""
+    return "cuda" if tensor.is_cuda or traced.stands_for("cuda") else "cpu"
 
 
 def chunked_cross_entropy(
@@ -96,7 +102,7 @@ class _NativeCrossEntropy(torch.autograd.Function):
 
 
 def _summed_loss(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
-    size = chunk_tokens(vocab_size)
+    size = chunk_tokens(vocab_size, _device_type(hidden_ND))
     loss = hidden_ND.new_zeros((), dtype=torch.float32)
     for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
         loss = loss + F.cross_entropy(head(hidden).float(), targets, reduction="sum")
@@ -106,7 +112,7 @@ def _summed_loss(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: Head, v
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND, targets_N, head: Head, vocab_size: int, *params):  # type: ignore[no-untyped-def]
-        size = chunk_tokens(vocab_size)
+        size = chunk_tokens(vocab_size, _device_type(hidden_ND))
         grad_hidden = torch.empty_like(hidden_ND)
         grad_params = [torch.zeros_like(param) for param in params]
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
@@ -143,8 +149,7 @@ def _loss_and_gradient(
     """
     grad = torch.empty_like(logits_nV)
     loss = torch.zeros((), dtype=torch.float32, device=logits_nV.device)
-    whole = logits_nV.is_cuda or traced.stands_for("cuda")
-    size = len(logits_nV) if whole else max(1, CACHED_BYTES // (4 * logits_nV.shape[1]))
+    size = len(logits_nV) if _device_type(logits_nV) == "cuda" else max(1, CACHED_BYTES // (4 * logits_nV.shape[1]))
     for start in _starts(len(logits_nV), size):
         index = targets_n[start : start + size, None]
         values = logits_nV[start : start + size].to(torch.float32, copy=True)

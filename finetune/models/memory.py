@@ -179,9 +179,9 @@ def largest_pass(config: Any, recipe: Recipe, attention: str) -> ForwardPass:
     return ForwardPass(rows, data.max_seq_len, rows * data.max_seq_len)
 
 
-def chunk_bytes(vocab_size: int, num_supervised: int) -> int:
-    """fp32 logits of one chunk of the loss."""
-    return 4 * vocab_size * min(num_supervised, chunk_tokens(vocab_size))
+def chunk_bytes(vocab_size: int, num_supervised: int, device_type: str) -> int:
+    """fp32 logits of one chunk of the loss on a device of that type."""
+    return 4 * vocab_size * min(num_supervised, chunk_tokens(vocab_size, device_type))
 
 
 def format_bytes(count: float) -> str:

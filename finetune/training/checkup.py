@@ -339,7 +339,7 @@ def _check_memory(checkup: Checkup) -> Iterator[Finding]:
     yield fact(
         "memory",
         f"activations {'without' if other else 'with'} checkpointing: {format_bytes(kept)}; "
-        f"logits chunk {format_bytes(chunk_bytes(vocabulary, step.supervised))}",
+        f"logits chunk {format_bytes(chunk_bytes(vocabulary, step.supervised, devices.accelerator))}",
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.kernels import cross_entropy
 from finetune.kernels.cross_entropy import chunk_tokens, chunked_cross_entropy
+from finetune.kernels.traced import traced
 
 D, V, N = 12, 50, 37
 
@@ -21,7 +23,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 16 * V * 4)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 16 * V * 4)
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -33,7 +35,7 @@ def test_value_and_gradients_are_exact(cap: float | None, trained: bool) -> None
         logits = part @ matrix.t()
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    assert chunk_tokens(V) < N, "the test must cross a chunk's border"
+    assert chunk_tokens(V, "cpu") < N, "the test must cross a chunk's border"
     loss = chunked_cross_entropy(hidden, targets, head, [weight] if trained else [], V)
     grads = torch.autograd.grad(loss * 0.5, [hidden, weight] if trained else [hidden])
 
@@ -60,8 +62,8 @@ def test_no_labels_give_a_zero_that_can_be_differentiated() -> None:
 
 
 def test_a_chunk_is_bounded_for_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 32 * 2**20)
-    assert chunk_tokens(256_000) * 256_000 * 4 <= 32 * 2**20
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 32 * 2**20)
+    assert chunk_tokens(256_000, "cpu") * 256_000 * 4 <= 32 * 2**20
     seen: list[int] = []
     hidden, weight = torch.randn(100, 4).requires_grad_(), torch.randn(256_000, 4)
 
@@ -70,4 +72,19 @@ def test_a_chunk_is_bounded_for_a_large_vocabulary(monkeypatch: pytest.MonkeyPat
         return part @ weight.t()
 
     chunked_cross_entropy(hidden, torch.arange(100), head, [], 256_000).backward()
-    assert 100 <= sum(seen) < 132 and max(seen) <= chunk_tokens(256_000)
+    assert 100 <= sum(seen) < 132 and max(seen) <= chunk_tokens(256_000, "cpu")
+
+
+def test_a_gpu_gets_chunks_that_fill_it() -> None:
+    """In an estimate for one too."""
+    hidden, weight = torch.randn(64, 4).requires_grad_(), torch.randn(1_000_000, 4)
+    given: list[int] = []
+
+    def head(part: torch.Tensor) -> torch.Tensor:
+        given.append(part.shape[0])
+        return part @ weight.t()
+
+    with FakeTensorMode(allow_non_fake_inputs=True), traced("cuda"):
+        chunked_cross_entropy(hidden, torch.zeros(64, dtype=torch.int64), head, [], 1_000_000)
+    assert max(given) == chunk_tokens(1_000_000, "cuda") == 64
+    assert chunk_tokens(1_000_000, "cpu") == 16

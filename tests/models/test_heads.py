@@ -54,7 +54,7 @@ def build(head: str) -> Any:
 def test_loss_and_gradients_are_those_of_the_models_own_logits(
     head: str, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 16 * 320 * 4)  # two chunks
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 16 * 320 * 4)  # two chunks
     model = attach_adapter(build(head), LoraSection(rank=4, **TRAINED[trained]), write_tokenizer(tmp_path), seed=0)
     for parameter in trainable_parameters(model):
         nn.init.normal_(parameter, std=0.2)

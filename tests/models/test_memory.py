@@ -105,7 +105,7 @@ def test_two_short_models_give_a_long_one() -> None:
 def test_two_pieces_of_the_loss_stand_for_all(
     on_cpu: bool, targets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 32 * 320 * 4)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 32 * 320 * 4))
     monkeypatch.setattr(cross_entropy, "CACHED_BYTES", 5 * 320 * 4)
 
     def measured() -> Footprint:
