@@ -23,7 +23,15 @@ from finetune.kernels.lora import lora_linears, native_linears, traced_lora_line
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
 from finetune.models.fused_layers import layer_forward, norm_of, run_whole
 from finetune.models.heads import decoder_layers
-from finetune.models.projections import ADAPTER, can_fuse, is_active, is_fusable_lora, is_plain_linear, projection
+from finetune.models.projections import (
+    ADAPTER,
+    can_fuse,
+    decodes_4bit,
+    is_active,
+    is_fusable_lora,
+    is_plain_linear,
+    projection,
+)
 
 # Projections of one module that are applied to the same input, in the order in which it calls them.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -114,7 +122,7 @@ def _frozen_linears(model: PeftModel) -> Iterator[torch.nn.Module]:
 
 def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A LoRA layer's forward as one node, or PEFT's own where that is not the same."""
-    if args or kwargs or not isinstance(layer, LoraLayer) or not is_active(layer):
+    if args or kwargs or not isinstance(layer, LoraLayer) or not is_active(layer) or decodes_4bit(layer, x):
         out: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return out
     return lora_linears(x, [projection(layer)])[0]
@@ -161,7 +169,7 @@ def _group(layers: list[Any]) -> None:
 def _grouped_forward(
     layer: Any, x: torch.Tensor, *args: Any, layers: list[Any], index: int, pending: _Pending, **kwargs: Any
 ) -> torch.Tensor:
-    if index == 0 and not args and not kwargs and all(is_active(other) for other in layers):
+    if index == 0 and not args and not kwargs and all(map(is_active, layers)) and not decodes_4bit(layer, x):
         outputs = lora_linears(x, [projection(other) for other in layers])
         pending.x, pending.outputs = x, dict(enumerate(outputs))
         return pending.outputs.pop(0)

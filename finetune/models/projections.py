@@ -17,6 +17,9 @@ ADAPTER = "default"
 # Where a layer without memory keeps a `FourBit` of its own: the memory estimate's, for weights that it only measures.
 STAND_IN = "four_bit_stand_in"
 
+# Rows of a step of decoding: for so few, expanding a 4-bit weight is most of the work.
+FEW_ROWS = 64
+
 # Classes whose forward is x Wᵀ + b and nothing else.
 PLAIN_LINEAR = ("Linear", "FalconLinear", "NonDynamicallyQuantizableLinear")
 
@@ -59,6 +62,15 @@ def is_active(layer: Any) -> bool:
     if not isinstance(layer, LoraLayer):
         return True
     return not layer.disable_adapters and not layer.merged and ADAPTER in layer.active_adapters
+
+
+def decodes_4bit(layer: Any, x: torch.Tensor) -> bool:
+    """Whether bitsandbytes multiplies by the layer's 4-bit weight as it is stored: few rows on a GPU, no gradient.
+
+    A kernel of ours would expand it for every token: of 7 billion weights 31 GB of traffic instead of 3.5.
+    """
+    few = x.is_cuda and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+    return few and _is_4bit(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer)
 
 
 def projection(layer: Any) -> Projection:

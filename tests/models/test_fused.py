@@ -6,6 +6,7 @@ import copy
 import gc
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from finetune.models.adapters import attach_adapter, trainable_parameters
 from finetune.models.fused import _is_swiglu, _with_rotation, forget_pending, fuse, unfuse
 from finetune.models.heads import decoder_layers
 from finetune.models.load import register_attention
-from finetune.models.projections import _stored_4bit, expand_4bit
+from finetune.models.projections import _stored_4bit, decodes_4bit, expand_4bit
 from finetune.recipe.schema import LoraSection
 from tests.graphs import function_below
 from tests.tiny import CONFIGS
@@ -242,3 +243,34 @@ def test_the_kernel_reads_4_bits_as_bitsandbytes_does(quant_type: str, nested: b
 def test_4_bits_that_the_kernel_would_round_otherwise_are_expanded() -> None:
     assert _stored_4bit(four_bit_layer("nf4", True, torch.float16)) is None
     assert _stored_4bit(torch.nn.Linear(96, 64)) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "on_gpu", "gradients", "want"),
+    [
+        (1, True, False, True),
+        (64, True, False, True),
+        (65, True, False, False),
+        (1, False, False, False),
+        (1, True, True, False),
+    ],
+)
+def test_a_step_of_decoding_on_a_gpu_reads_4_bits_as_they_are_stored(
+    rows: int, on_gpu: bool, gradients: bool, want: bool
+) -> None:
+    x: Any = SimpleNamespace(is_cuda=on_gpu, shape=(rows, 96), numel=lambda: rows * 96)
+    with torch.set_grad_enabled(gradients):
+        assert decodes_4bit(four_bit_layer("nf4", True), x) is want
+        assert not decodes_4bit(torch.nn.Linear(96, 64), x)
+
+
+def test_a_group_that_decodes_4_bits_runs_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("llama")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    fuse(model)
+    monkeypatch.setattr("finetune.models.fused.decodes_4bit", lambda layer, x: True)
+    monkeypatch.setattr("finetune.models.fused.lora_linears", lambda *_: pytest.fail("a kernel of ours"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, want)
