@@ -1,9 +1,16 @@
-"""Types of command-line arguments: what a verb accepts, in the words that argparse puts behind the option."""
+"""Command-line arguments that verbs share, and types: what is accepted, in the words argparse puts behind an option."""
 
 from __future__ import annotations
 
 import argparse
 import math
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Let a verb that reads a recipe take `key.sub=value` behind it; in `overrides`, empty if there are none."""
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
+    )
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments import positive
+from finetune.arguments import add_overrides, positive
 from finetune.errors import EXIT_OK
 
 
@@ -16,9 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("what", choices=("train",), help="what is measured")
     parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
-    )
+    add_overrides(parser)
     parser.add_argument("--steps", type=positive, default=5, metavar="N", help="timed optimizer steps of a round (5)")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds of all variants (3)")
     parser.add_argument(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from finetune.arguments import positive
+from finetune.arguments import add_overrides, positive
 from finetune.errors import EXIT_BAD_INPUT, EXIT_OK, RecipeError
 from finetune.findings import Finding, error, in_order, run_checks
 from finetune.recipe.load import load_recipe
@@ -24,9 +24,7 @@ _STYLES = {"error": "bold red", "warning": "yellow", "fact": ""}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
-    )
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--gpu", type=_size, metavar="SIZE", help="as if there were GPUs of this size, e.g. 24GB")
     parser.add_argument("--devices", type=positive, metavar="N", help="as if there were so many devices")

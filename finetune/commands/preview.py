@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.arguments import positive
+from finetune.arguments import add_overrides, positive
 from finetune.errors import EXIT_OK, BadInputError
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import find_recipe
@@ -24,9 +24,7 @@ _DEFAULT_ROWS = 2
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("recipe", help="a recipe's file, or the name of a shipped one")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
-    )
+    add_overrides(parser)
     parser.add_argument("--row", type=positive, metavar="N", help="only the N-th row, in the order of training")
     parser.add_argument("--rows", type=positive, metavar="K", help=f"so many rows (default: {_DEFAULT_ROWS})")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a page instead")

@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.arguments import add_overrides
 from finetune.console import progress_bar, say, stdout, warn
 from finetune.distributed import end_with_rank_zero, is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError, PreemptedError
@@ -42,9 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", help="a recipe's file, the name of a shipped one, an adapter's directory, or hf://ORG/NAME"
     )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace any key of the recipe"
-    )
+    add_overrides(parser)
     parser.add_argument("--resume", metavar="CHECKPOINT", type=Path, help="continue from this checkpoint")
     parser.add_argument(
         "--accept-changes", action="store_true", help="continue although the recipe, data or base has changed"

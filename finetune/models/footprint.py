@@ -23,14 +23,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.errors import FinetuneError, ModelError, first_line
 from finetune.kernels import native, products
-from finetune.kernels.attention import NAME as SEGMENTS
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import RowLayout
 from finetune.kernels.lora import FourBit
 from finetune.kernels.traced import traced
-from finetune.models.attention import dense_masks
 from finetune.models.fused import fuse, is_frozen_forward, run_natively
-from finetune.models.heads import checkpoint_layers, decoder_of, supervised_loss
+from finetune.models.heads import checkpoint_layers, supervised_loss
+from finetune.models.isolation import hidden_states
 from finetune.models.projections import STAND_IN
 from finetune.models.skeleton import adapt_skeleton, build_skeleton, is_quantized_linear
 from finetune.recipe.schema import QUANTIZED_4BIT, LoraSection, ModelSection
@@ -202,13 +201,8 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any], on
     positions = torch.zeros(step.supervised, dtype=torch.int64)
     grads = [p.grad for p in base.parameters() if p.grad is not None]
     live = _LiveBytes(iter([*base.parameters(), *base.buffers(), *grads]), on_cpu)
-    mask: Any = None
     with live, autocast, packed_row(step.layout):
-        if step.layout is not None and base.config._attn_implementation != SEGMENTS:
-            mask = dense_masks(base.config, step.layout, step.tokens, input_ids.device)
-        hidden = decoder_of(base)(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        hidden = hidden_states(base, input_ids, position_ids, step.layout)
         kept, passing, forward_peak = live.live, live.passed, live.take_peak()
         loss = supervised_loss(base, hidden, positions, targets=positions)
         loss_peak = live.take_peak()

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from finetune.kernels.lora import lora_linears, native_linears, traced_lora_linear
 from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
-from finetune.models.fused_layers import layer_forward, norm_of, run_whole
+from finetune.models.fused_layers import GATE_UP, QKV, layer_forward, norm_of, run_whole
 from finetune.models.heads import decoder_layers
 from finetune.models.projections import (
     ADAPTER,
@@ -34,7 +34,7 @@ from finetune.models.projections import (
 )
 
 # Projections of one module that are applied to the same input, in the order in which it calls them.
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+GROUPS = (QKV, GATE_UP)
 
 
 @dataclass

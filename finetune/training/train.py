@@ -47,13 +47,7 @@ from finetune.training.preemption import Preemption, requeue
 from finetune.training.resume import recorded_start
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
-from finetune.training.strategy import (
-    Placement,
-    build_trainer,
-    check_launch,
-    ending_others,
-    resolve_placement,
-)
+from finetune.training.strategy import Placement, build_trainer, check_launch, ending_others, resolve_placement
 from finetune.training.turns import in_turn
 from finetune.training.validation import Validation
 
