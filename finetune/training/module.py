@@ -98,6 +98,12 @@ class FinetuneModule(L.LightningModule):
         return self.loss_model.model
 
     @property
+    def device(self) -> torch.device:
+        """This rank's own. Lightning notes one where it moves the module itself, which `AdapterStrategy` leaves out."""
+        device: torch.device = self.trainer.strategy.root_device
+        return device
+
+    @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler of 16-mixed."""
         scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)

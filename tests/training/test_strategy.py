@@ -17,6 +17,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from finetune.errors import BadInputError
 from finetune.recipe.schema import Recipe, TrainingSection
 from finetune.training import strategy
+from finetune.training.module import FinetuneModule
 from finetune.training.strategy import (
     Placement,
     build_strategy,
@@ -42,6 +43,23 @@ def test_the_model_stays_where_it_is_when_training_ends() -> None:
     one_device.accelerator = CPUAccelerator()
     one_device.teardown()
     assert module.weight.is_meta
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "single"])
+def test_the_module_computes_on_its_ranks_own_device(kind: str) -> None:
+    """Votes, validation and trial batches go where it says: to the rank's GPU, for which a meta device stands."""
+    recipe = Recipe.model_validate(
+        {"name": "x", "model": {"name": "a/b"}, "data": {"sources": [{"path": "a/c"}]}, "training": {"max_steps": 1}}
+    )
+    of_rank = build_strategy(Placement("cpu", 1, 1, kind))
+    of_rank.parallel_devices = [torch.device("meta")]  # type: ignore[attr-defined]
+    of_rank._root_device = torch.device("meta")  # type: ignore[attr-defined]
+    of_rank.cluster_environment = SimpleNamespace(local_rank=lambda: 0)  # type: ignore[attr-defined]
+    module = FinetuneModule(recipe, SimpleNamespace(), None, Placement("cpu", 1, 1, kind), "sdpa", 1)  # type: ignore[arg-type]
+    module.trainer = SimpleNamespace(strategy=of_rank)  # type: ignore[assignment]
+    of_rank.connect(module)
+    of_rank.model_to_device()  # type: ignore[attr-defined]
+    assert module.device == torch.device("meta")
 
 
 def test_dora_on_int8_weights_needs_a_gpu() -> None:
