@@ -10,6 +10,12 @@ import transformers
 from finetune.models.attention import stretched_rope, takes_segments, why_not_packed
 
 
+def config_of(kind: str, values: dict[str, Any]) -> Any:
+    if not hasattr(transformers, kind):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    return getattr(transformers, kind)(**values)
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "takes"),
     [
@@ -32,8 +38,7 @@ from finetune.models.attention import stretched_rope, takes_segments, why_not_pa
     ],
 )
 def test_block_attention_is_for_models_that_it_computes_exactly(kind: str, values: dict[str, Any], takes: bool) -> None:
-    config = getattr(transformers, kind)(**values)
-    assert takes_segments(config, 128) == takes
+    assert takes_segments(config_of(kind, values), 128) == takes
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def test_block_attention_is_for_models_that_it_computes_exactly(kind: str, value
     ],
 )
 def test_models_that_look_along_the_row_are_not_packed(kind: str, values: dict[str, Any], why_not: str | None) -> None:
-    reason = why_not_packed(getattr(transformers, kind)(**values), "sdpa", 128)
+    reason = why_not_packed(config_of(kind, values), "sdpa", 128)
     assert reason is None if why_not is None else reason is not None and why_not in reason
 
 

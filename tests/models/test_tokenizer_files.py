@@ -23,6 +23,16 @@ def loaded(folder: Path, **special: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def reads_a_list_beside_names(folder: Path) -> bool:
+    """Of a file as transformers 4 writes it; 5.17 does not, and 5.23 does."""
+    write_tokenizer(folder)
+    path = folder / TOKENIZER_CONFIG
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values |= {"additional_special_tokens": EXTRA, "extra_special_tokens": {"image_token": "<image>"}}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return bool(AutoTokenizer.from_pretrained(folder).extra_special_tokens == EXTRA)
+
+
 @pytest.mark.parametrize(
     ("special", "extra", "named"),
     [
@@ -48,11 +58,13 @@ def test_the_same_tokenizer_comes_back(
     assert [again(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again.special_tokens_map == tokenizer.special_tokens_map
-    assert again.all_special_tokens == tokenizer.all_special_tokens
-    assert again.extra_special_tokens == tokenizer.extra_special_tokens == (extra or [])
     assert again.chat_template == tokenizer.chat_template
     # What is written of it once more, as by a push of a run that an earlier version made, is the same again.
     assert tokenizer_config_text(values) == (tmp_path / TOKENIZER_CONFIG).read_text(encoding="utf-8")
+    if extra and named and not reads_a_list_beside_names(tmp_path / "probe"):
+        pytest.skip("this transformers forgets a list of special tokens beside named ones")
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens == (extra or [])
 
 
 def test_a_class_that_both_know_keeps_its_name() -> None:
