@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.kernels.attention import NAME, longest_sample, packed_row, row_layout
 from finetune.kernels.decoder_layer import DecoderLayer, Norm, native_decoder_layer
@@ -23,6 +26,10 @@ HEAD_NORMS = ("q_norm", "k_norm")
 IGNORED = {"position_ids", "use_cache", "cache_position"}
 
 
+# Where a layer is to be recomputed, transformers does it around its call, or (5.23) within its class's `forward`.
+RECOMPUTES_IN_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+
+
 def run_whole(layers: Iterable[Any], fused: Collection[torch.nn.Module]) -> int:
     """Let each decoder layer whose parts are all `fused` run as one function, if that gives what its class gives."""
     whole = [layer for layer in layers if type(layer).__name__ in OF_LLAMAS_FORM and _modules(layer).issubset(fused)]
@@ -35,8 +42,15 @@ def run_whole(layers: Iterable[Any], fused: Collection[torch.nn.Module]) -> int:
 
 def layer_forward(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A decoder layer's forward as one function, or part by part where that does not compute these."""
+    if RECOMPUTES_IN_FORWARD and layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(partial(_forward, layer, **kwargs), hidden_states, *args)
+    return _forward(layer, hidden_states, *args, **kwargs)
+
+
+def _forward(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     out = None if args else _natively(layer, hidden_states, **kwargs)
-    return type(layer).forward(layer, hidden_states, *args, **kwargs) if out is None else out
+    by_parts = inspect.unwrap(type(layer).forward)  # without a second recomputation
+    return by_parts(layer, hidden_states, *args, **kwargs) if out is None else out
 
 
 def norm_of(module: Any) -> Norm:

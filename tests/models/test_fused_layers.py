@@ -139,6 +139,14 @@ def test_every_layer_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole_calls(model, monkeypatch) == 2
 
 
+def test_a_recomputed_layer_is_computed_again_as_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("Llama")
+    checkpoint_layers(model.base_model.model, 1)
+    fuse(model)
+    model.train()
+    assert whole_calls(model, monkeypatch) == 2 + 1
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -44,7 +44,7 @@ def recipe(**sections: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def footprint(step: ForwardPass, *, checkpointing: bool = False, config: Any = None) -> Footprint:
+def footprint(step: ForwardPass, *, checkpointing: bool = False, config: Any = None, on_cpu: bool = False) -> Footprint:
     return measure_pass(
         config or llama(),
         ModelSection(name="x"),
@@ -53,7 +53,7 @@ def footprint(step: ForwardPass, *, checkpointing: bool = False, config: Any = N
         checkpointing=checkpointing,
         attention_name="segments",
         step=step,
-        on_cpu=False,
+        on_cpu=on_cpu,
     )
 
 
@@ -68,9 +68,11 @@ def test_kept_activations_are_the_formula(packed: bool) -> None:
     assert (kept[8] - kept[4]) / 4 == tokens * (2 * bf16 + 4 * fp32)
 
 
-def test_checkpointing_keeps_one_hidden_state_a_layer() -> None:
+@pytest.mark.parametrize("on_cpu", [False, True], ids=["GPU", "CPU, whole layers"])
+def test_checkpointing_keeps_one_hidden_state_a_layer(on_cpu: bool) -> None:
     step = ForwardPass(1, 256, 100, (Group(0, (64,) * 4),))
-    kept = {n: footprint(step, checkpointing=True, config=llama(num_hidden_layers=n)).kept for n in (4, 8)}
+    configs = {n: llama(num_hidden_layers=n, head_dim=2 * HEAD) for n in (4, 8)}
+    kept = {n: footprint(step, checkpointing=True, config=configs[n], on_cpu=on_cpu).kept for n in (4, 8)}
     assert (kept[8] - kept[4]) / 4 == 256 * D * 2
 
 
