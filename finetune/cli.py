@@ -108,8 +108,14 @@ _LESS_MEMORY = (
     "of the verb), and so does a base in fewer bits (model.quantization: nf4); or free memory that other programs hold."
 )
 
-# What a user mends by space or permission; any other failure of the system is looked at as a bug.
-_NO_SPACE_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+# What lies in the machine and not here; any other failure of the system is looked at as a bug.
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+_OF_THE_MACHINE = {
+    *_NO_PATH,
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM),  # space and permission
+    *(errno.EIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),  # a disk that fails, or goes away
+    *(errno.EMFILE, errno.ENFILE, errno.EAGAIN),  # limits on open files and processes
+}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -200,11 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except OSError as error:
-        if error.errno not in _NO_SPACE_OR_RIGHT:
+        if error.errno not in _OF_THE_MACHINE:
             return _report_bug()
         what = f"{error.filename or 'a file'}: {error.strerror}"
         _report(f"error: cannot read or write {what}; mend that, then run the same command again")
-        return EXIT_FAILURE
+        return EXIT_BAD_INPUT if error.errno in _NO_PATH else EXIT_FAILURE
     except Exception:
         return _report_bug()
 

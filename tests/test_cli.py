@@ -86,6 +86,7 @@ def test_version() -> None:
         (("run",), "required: recipe\n"),
         (("schema", "--nope"), "unrecognized arguments: --nope"),
         (("schema", "-o", "/no/such/folder/x"), "error: --output /no/such/folder/x: cannot be written"),
+        (("run", "r" * 300), "File name too long"),
         (
             ("recipes", "copy", "no-such-recipe"),
             "error: no-such-recipe: there is no such file and no shipped recipe",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finetune.errors import DataError
+from finetune.errors import DataError, first_line
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
@@ -365,10 +366,10 @@ def load_line(line: bytes) -> Any:
     """One JSON line.
 
     Raises:
-        RowError: it is not valid JSON, or not UTF-8.
+        RowError: it is not valid JSON, not UTF-8, or names a key of an object twice.
     """
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=each_key_once)
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 (byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
@@ -377,3 +378,18 @@ def load_line(line: bytes) -> Any:
         raise RowError(f"not valid JSON: {error.msg.removesuffix(' at')} {at}") from None
     except RecursionError:
         raise RowError("not readable as JSON: nested too deeply") from None
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise RowError(f"not readable as JSON: {first_line(error)}") from None
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which no key stands twice: one of the two values would be lost.
+
+    Raises:
+        RowError: one does.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowError(f"the key {repeated!r} stands twice in one object; rename or remove one")
+    return row

@@ -62,6 +62,7 @@ def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     The open bins' free space is a bit set in one integer, so an item costs a few machine words, not a search.
     An item larger than `capacity` gets a bin of its own.
     """
+    capacity = min(capacity, sum(sizes))  # a limit far above all there is would cost memory for each of its tokens
     bins: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     free = 0

@@ -14,14 +14,14 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.console import console, say
-from finetune.data.formats import FORMATS, RowError, load_line
+from finetune.data.formats import FORMATS, RowError, each_key_once, load_line
 from finetune.distributed import is_rank_zero
 from finetune.errors import DataError, first_line
 
@@ -109,22 +109,23 @@ def columns_of(source: Source, rows: list[RawRow]) -> list[str]:
     Raises:
         DataError: no row is an object.
     """
-    found: dict[str, None] = {}
-    for row in rows:
-        try:
-            value = load_line(row.payload) if isinstance(row.payload, bytes) else row.payload
-        except RowError:
-            continue
-        if isinstance(value, Mapping):
-            found.update(dict.fromkeys(str(key) for key in value))
+    values = [_parsed(row.payload) for row in rows]
+    found = {str(key): None for value in values if isinstance(value, Mapping) for key in value}
     if not found:
-        first = rows[0].payload
-        why = f": {first}" if isinstance(first, RowError) else ""
+        why = f": {values[0]}" if isinstance(values[0], RowError) else ""
         origin = source.origin(rows[0].file, rows[0].number)
         raise DataError(
             f"{path_key(source.where)}: none of the first {len(rows)} rows is an object (see {origin}{why})."
         )
     return list(found)
+
+
+def _parsed(payload: bytes | Mapping[str, Any] | RowError) -> Any:
+    """The row, or why nothing can be made of it."""
+    try:
+        return load_line(payload) if isinstance(payload, bytes) else payload
+    except RowError as error:
+        return error
 
 
 def unused_columns(format_name: str, columns: Mapping[str, str], found: list[str]) -> list[str]:
@@ -208,8 +209,8 @@ def _read_json(file: Path) -> Numbered:
         yield from _read_jsonl(file)
         return
     try:
-        rows = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        rows = json.loads(raw, object_pairs_hook=each_key_once)
+    except (ValueError, RecursionError, RowError) as error:  # not JSON or UTF-8, an integer of thousands of digits
         raise DataError(f"{file} is not a valid JSON array: {error}.") from error
     for number, row in enumerate(rows, 1):
         # a row that is no object is rejected with the others, where it is counted and named
@@ -227,16 +228,22 @@ def _read_csv(file: Path) -> Numbered:
     _, header = next(rows, (1, []))
     if isinstance(header, RowError):
         raise DataError(f"{file}:1: {header}.")
-    if repeated := [name for name, count in Counter(header).items() if count > 1 and name]:
-        raise DataError(f"{file}:1: the column {repeated[0]!r} stands in the header twice; rename or remove one.")
+    _refuse_repeated(header, f"{file}:1")
     for number, row in rows:
         if isinstance(row, RowError):
             yield number, row
+        elif row == header and len(row) > 1:
+            yield number, RowError("the row repeats the header, as where files were joined; remove it")
         elif "".join(row[len(header) :]).strip():
             yield number, _surplus_cells(len(header), len(row), delimiter)
         elif row:
             cells: list[str | None] = [*row, *[None] * (len(header) - len(row))]
             yield number, dict(zip(header, cells, strict=False))
+
+
+def _refuse_repeated(columns: Iterable[str], where: str) -> None:
+    if repeated := [name for name, count in Counter(columns).items() if count > 1 and name]:
+        raise DataError(f"{where}: the column {repeated[0]!r} stands in the header twice; rename or remove one.")
 
 
 def _csv_rows(file: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str] | RowError]]:
@@ -310,12 +317,13 @@ def _read_parquet(file: Path) -> Numbered:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
+            _refuse_repeated(table.schema_arrow.names, str(file))
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, _arrow_row(row)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is not a readable parquet file: {error}") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text not UTF-8, a time that Python has not
+        raise DataError(f"{file} is not a readable parquet file (after row {number:,}): {error}") from error
 
 
 def _arrow_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def explain(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
         elif detail["type"] == "missing" and not path[-1].isdecimal():
             missing.append(path)
         elif detail["loc"][-1] == "[key]":
-            refused.append(Problem(path, "keys here are text; put the key in quotes"))
+            refused.append(Problem(path, "keys here are text; put the key in quotes, with something between them"))
         else:
             at = path[:-1] if detail["type"] == "missing" else path  # a list too short for its items
             refused.append(Problem(at, _explain_value(at, _value_at(data, at))))
@@ -88,6 +88,8 @@ def _hint(place: Place, value: Any) -> str:
         return "it must be finite"
     if not isinstance(value, str):
         return ""
+    if not value:
+        return "it must not be empty"
     near = nearest(value, choices) or (_SPOKEN.get(value.lower()) if "boolean" in kinds else None)
     if near:
         return f"did you mean {near}?"

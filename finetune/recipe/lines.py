@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 KeyPath = tuple[str, ...]
 
+Number = TypeVar("Number", int, float)
+
+_LARGEST_INTEGER, _LARGEST_NUMBER = 2**63 - 1, 3.4e38  # of a seed, and of fp32
 _MAX_VALUES = 100_000  # a recipe has hundreds; more can only be aliases that multiply
 
 _TAG = "tag:yaml.org,2002:"
@@ -35,10 +39,36 @@ class RecipeLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; what cannot be read is named with its place."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, KeyError, AttributeError) as error:  # `!!bool maybe` and `!!timestamp x` raise the last two
+            kind = node.tag.removeprefix(_TAG)
+            problem = str(error) if isinstance(error, ValueError) else f"{node.value!r} cannot be read as {kind}"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark) from None
+
     def construct_number(self, node: yaml.ScalarNode) -> int:
         """An integer: decimal, `0o17` or `0x1f`; a leading zero changes nothing."""
         text = self.construct_scalar(node).replace("_", "")
-        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+        return self._within(_LARGEST_INTEGER, int(text, 0 if text[:2] in ("0o", "0x") else 10))
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> float:
+        """A number; .inf and .nan too, which the schema refuses."""
+        value = self.construct_yaml_float(node)
+        return self._within(_LARGEST_NUMBER, value) if math.isfinite(value) else value
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        """Text that can be written to a file, and name one."""
+        text: str = self.construct_scalar(node)
+        if unfit := re.search("[\0\ud800-\udfff]", text):
+            raise ValueError(f"the character U+{ord(unfit[0]):04X} is not allowed in a recipe")
+        return text
+
+    def _within(self, largest: Number, value: Number) -> Number:
+        if abs(value) > largest:
+            raise ValueError(f"{value:.3g} is beyond what any key takes")
+        return value
 
 
 class RecipeDumper(yaml.SafeDumper):
@@ -49,6 +79,8 @@ for _tag, _pattern, _first in _RESOLVERS:
     RecipeLoader.add_implicit_resolver(_tag, _pattern, list(_first))
     RecipeDumper.add_implicit_resolver(_tag, _pattern, list(_first))
 RecipeLoader.add_constructor(f"{_TAG}int", RecipeLoader.construct_number)
+RecipeLoader.add_constructor(f"{_TAG}float", RecipeLoader.construct_decimal)
+RecipeLoader.add_constructor(f"{_TAG}str", RecipeLoader.construct_text)
 
 
 class YamlError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +39,16 @@ class PathValue(NamedTuple):
         has_suffix = self.text.lower().endswith(self.suffixes)
         exists = self.may_exist and (bool(_GLOB & set(self.text)) or os.path.exists(local))
         if looks_local or has_suffix or exists:
-            return os.path.normpath(local)
+            return _normal(local)
         return self.text
+
+
+def _normal(path: str) -> str:
+    """Without `.` and `..`; behind a linked folder `..` is the parent of what the link names, as the system has it."""
+    parent = re.fullmatch(r"(.*/\.\.)(/.*)?", path, re.DOTALL)
+    if parent and os.path.realpath(parent[1]) != os.path.realpath(os.path.normpath(parent[1])):
+        path = os.path.realpath(parent[1]) + (parent[2] or "")
+    return os.path.normpath(path)
 
 
 def resolve_paths(data: dict[str, Any], recipe_file: Path, origins: Origins) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -27,13 +28,13 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model and how it is loaded."""
 
-    name: Annotated[str, Field(min_length=1)] = Field(
+    name: NonEmpty = Field(
         description="Hub id (org/name), local directory, a .gguf file, or package://PACKAGE/FILE.gguf for a "
         "file that an installed Python package carries."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    gguf_file: str | None = Field(None, description="The GGUF file to take from a hub id or directory.")
-    tokenizer: str | None = Field(None, description="Hub id or directory of the tokenizer, if not the model's.")
+    revision: NonEmpty | None = Field(None, description="Branch, tag or commit of a hub model.")
+    gguf_file: NonEmpty | None = Field(None, description="The GGUF file to take from a hub id or directory.")
+    tokenizer: NonEmpty | None = Field(None, description="Hub id or directory of the tokenizer, if not the model's.")
     quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
         "none", description="How the frozen base is stored while training: nf4 is QLoRA."
     )
@@ -59,27 +60,29 @@ class LoraSection(Section):
     rank: PositiveInt = Field(16, description="Rank r of every update.")
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="The update is scaled by alpha / rank.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
+    target_modules: Literal["all-linear"] | list[NonEmpty] = Field(
         "all-linear", description="all-linear, or names of linear layers such as query_key_value."
     )
-    exclude_modules: list[str] = Field([], description="Names left out of target_modules.")
+    exclude_modules: list[NonEmpty] = Field([], description="Names left out of target_modules.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (Liu et al. 2024).")
     init: (
         Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
         | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
     ) = Field("default", description="Initial values, by PEFT's names; pissa and olora need an unquantized base.")
-    start_from: Annotated[str, Field(min_length=1)] | None = Field(
+    start_from: NonEmpty | None = Field(
         None,
         description="An adapter to go on from with new data, instead of fresh values: the directory of an adapter, a "
         "finished run or a checkpoint, or hf://ORG/NAME. Rank and scale must be its own.",
     )
-    modules_to_save: list[str] = Field([], description="Modules trained whole and saved with the adapter.")
-    trainable_tokens: list[str | int] = Field(
+    modules_to_save: list[NonEmpty] = Field([], description="Modules trained whole and saved with the adapter.")
+    trainable_tokens: list[NonEmpty | int] = Field(
         [], description="Tokens (text or id) whose embeddings are trained; unknown text is added as a new token."
     )
-    rank_pattern: dict[str, PositiveInt] = Field({}, description="Module name (regex) to its own rank.")
-    alpha_pattern: dict[str, float] = Field({}, description="Module name (regex) to its own alpha.")
+    rank_pattern: dict[NonEmpty, PositiveInt] = Field({}, description="Module name (regex) to its own rank.")
+    alpha_pattern: dict[NonEmpty, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Module name (regex) to its own alpha."
+    )
 
     @property
     def rewrites_base(self) -> bool:
@@ -94,20 +97,20 @@ AdapterSection = LoraSection
 class SourceSection(Section):
     """Where rows come from and what their columns mean."""
 
-    path: Annotated[str, Field(min_length=1)] = Field(
+    path: NonEmpty = Field(
         description="A json, jsonl, csv, tsv, parquet or txt file, a folder or glob of them, or a hub data set's id. "
         "A relative path is relative to the recipe."
     )
-    name: str | None = Field(None, description="Configuration of a hub data set.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
+    name: NonEmpty | None = Field(None, description="Configuration of a hub data set.")
+    revision: NonEmpty | None = Field(None, description="Branch, tag or commit of a hub data set.")
+    split: NonEmpty = Field("train", description="Split of a hub data set.")
     format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = Field(
         "auto", description="The rows' shape; auto tells it from the columns and says so."
     )
     columns: dict[str, str] = Field(
         {}, description="The format's field to your column, e.g. {instruction: question, output: answer}."
     )
-    weight: Annotated[float, Field(gt=0)] = Field(
+    weight: Annotated[float, Field(gt=0, le=100_000)] = Field(
         1.0, description="Passes over this source per epoch: 2.0 shows each row twice, 0.5 a seeded half."
     )
     max_rows: PositiveInt | None = Field(None, description="Only the first rows.")
@@ -160,7 +163,7 @@ class DataSection(Section):
     validation: ValidationSection = Field(ValidationSection(), description="Held-out rows.")
     max_rejected_share: Share = Field(0.0, description="Stop if more than this share of rows is malformed.")
     max_over_length_share: Share = Field(0.2, description="Stop if more than this share is over length.")
-    num_workers: Annotated[int, Field(ge=0)] | None = Field(
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None, description="Processes that render and tokenize; default one per core."
     )
 
@@ -219,7 +222,7 @@ class TrainingSection(Section):
     on_out_of_memory: Literal["stop", "halve"] = Field(
         "stop", description="halve: redo the step in forward passes half as large, and keep to them."
     )
-    num_workers: Annotated[int, Field(ge=0)] = Field(0, description="Processes that assemble batches.")
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="Processes that assemble batches.")
 
 
 class DistributedSection(Section):
@@ -229,7 +232,9 @@ class DistributedSection(Section):
         "auto", description="fsdp shards the frozen base and replicates the adapter."
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is any.")
-    devices: PositiveInt | Literal["auto"] = Field("auto", description="Processes per machine; auto: every GPU.")
+    devices: Annotated[int, Field(gt=0, le=256)] | Literal["auto"] = Field(
+        "auto", description="Processes per machine; auto: every GPU."
+    )
     num_nodes: PositiveInt = Field(1, description="Machines; torchrun and SLURM set it themselves.")
     cpu_offload: bool = Field(False, description="fsdp: keep the sharded base in host memory.")
 
@@ -248,7 +253,7 @@ class CheckpointSection(Section):
         description="Whose weights the final adapter has: last, or best by validation loss; "
         "auto is best with evaluation.early_stopping, else last.",
     )
-    grace_seconds: Annotated[float, Field(gt=0)] = Field(
+    grace_seconds: Annotated[float, Field(gt=0, le=86_400)] = Field(
         30.0, description="Time to finish the step after a signal; then the run ends with its last checkpoint."
     )
 
@@ -303,7 +308,7 @@ class LoggingSection(Section):
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
         [], description="Any of them, besides metrics.csv; wandb is offline without a key, the others are local."
     )
-    project: str = Field("finetune", description="The tracker's project.")
+    project: NonEmpty = Field("finetune", description="The tracker's project.")
     tags: list[str] = Field([], description="The tracker's tags.")
     log_adapter: bool = Field(False, description="Hand the final adapter to wandb and trackio as an artifact.")
 
@@ -311,7 +316,7 @@ class LoggingSection(Section):
 class HubSection(Section):
     """Where the adapter is published."""
 
-    repo_id: str | None = Field(None, description="org/name on the Hub.")
+    repo_id: NonEmpty | None = Field(None, description="org/name on the Hub.")
     push: bool = Field(False, description="Push at the end; access is tried before the first step.")
     private: bool = Field(True, description="Create the repository as private.")
 

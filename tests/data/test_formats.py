@@ -142,6 +142,8 @@ def test_fm29_turns_must_be_turns(row: dict[str, Any], found: str) -> None:
         (b"\xff", "not UTF-8"),
         (b"[1]", "a list of 1"),
         (b"null", "null"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not readable as JSON: Exceeds the limit"),
+        (b'{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
     ],
 )
 def test_fm29_broken_lines(line: bytes, found: str) -> None:

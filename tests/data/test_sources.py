@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 from pathlib import Path
@@ -116,6 +117,8 @@ def test_a_folder_of_several_kinds(tmp_path: Path) -> None:
         ("a.csv", b'a,b\n"x,1\n', "not valid CSV"),
         ("a.parquet", b"PAR1 no", "not a readable parquet"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.json", b'[{"a": 1}, {"b": ' + b"9" * 5000 + b"}]", "not a valid JSON array: Exceeds the limit"),
+        ("a.json", b'[{"a": 1, "a": 2}]', "not a valid JSON array: the key 'a' stands twice"),
     ],
 )
 def test_fm29_broken_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -145,6 +148,26 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     other = SourceSection(path="org/name", name="main", split="test", revision="v1")
     source = open_source(other, "here")
     assert source.title == "org/name@v1[main, test]" and source.origin(0, 7) == "org/name@v1[main, test]:7"
+
+
+def test_fm29_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
+    offsets, data = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, data])
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet is not a readable parquet file \(after row 0\): 'utf-8' codec"):
+        read(tmp_path / "a.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet: the column 'text' stands in the header twice"):
+        read(tmp_path / "b.parquet")
+
+
+def test_csv_files_that_were_joined(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\na,b\nprompt,completion\nc,d\n")
+    values, origins = read(path)
+    assert values[::2] == [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    assert str(values[1]).startswith("the row repeats the header") and origins[1] == f"{path}:3"
 
 
 def test_columns_are_the_union(tmp_path: Path) -> None:
@@ -223,4 +246,11 @@ def test_a_csv_file_whose_header_fits_no_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nHello, world\n")
     source = open_source(SourceSection(path=str(tmp_path / "a.csv")), "here")
     with pytest.raises(DataError, match=r"here.path: none of the first 1 rows .*a.csv:2: the row has 2 cells"):
+        columns_of(source, list(source.rows()))
+
+
+def test_a_packed_file_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    source = open_source(SourceSection(path=str(tmp_path / "a.jsonl")), "here")
+    with pytest.raises(DataError, match=r"none of the first 1 rows is an object \(see .*a.jsonl:1: not UTF-8"):
         columns_of(source, list(source.rows()))

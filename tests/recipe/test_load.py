@@ -152,6 +152,19 @@ def test_model_names(tmp_path: Path, name: str, becomes: str) -> None:
     assert load_recipe(path).model.name == expected
 
 
+def test_behind_a_linked_folder_the_parent_is_that_of_its_target(tmp_path: Path) -> None:
+    for folder in ("there/recipes", "here", "..data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "there/rows.jsonl").touch()
+    (tmp_path / "here/link").symlink_to(tmp_path / "there/recipes")
+    text = MINIMAL.replace("rows.jsonl", "../rows.jsonl")
+    (tmp_path / "there/recipes/r.yaml").write_text(text)
+    loaded = load_recipe(tmp_path / "here/link/r.yaml")
+    assert loaded.data.sources[0].path == str(tmp_path / "there/rows.jsonl")
+    (tmp_path / "here/r.yaml").write_text(text.replace("../rows.jsonl", "./x/../../..data/a.jsonl"))
+    assert load_recipe(tmp_path / "here/r.yaml").data.sources[0].path == str(tmp_path / "..data/a.jsonl")
+
+
 def test_template_word_is_not_taken_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "alpaca").mkdir()
     path = write(tmp_path, MINIMAL.replace("data:\n", "data:\n  template: alpaca\n"))
@@ -182,6 +195,14 @@ def test_relative_recipe_path_gives_absolute_paths(recipe: Path, monkeypatch: py
         (b"a: !!python/object/apply:os.getcwd []\n", "recipe.yaml:1:4: is not valid YAML"),
         (b"name: x\nmodel: &m\n  name: *m\n", "recipe.yaml:2:8: is not valid YAML: an alias that contains"),
         (b"? [a]\n: 1\n", "is not valid YAML"),
+        (b'name: x\na: "\\ud800"\n', "recipe.yaml:2:4: is not valid YAML: the character U+D800 is not allowed"),
+        (b'name: "\\0"\n', "recipe.yaml:1:7: is not valid YAML: the character U+0000 is not allowed"),
+        (b"a: 9223372036854775808\n", "recipe.yaml:1:4: is not valid YAML: 9.22e+18 is beyond what any key takes"),
+        (b"a:\n- -1e39\n", "recipe.yaml:2:3: is not valid YAML: -1e+39 is beyond"),
+        (b"a: " + b"9" * 5000, "recipe.yaml:1:4: is not valid YAML: Exceeds the limit"),
+        (b"a: !!int x\n", "recipe.yaml:1:4: is not valid YAML: invalid literal"),
+        (b"a: !!bool maybe\n", "recipe.yaml:1:4: is not valid YAML: 'maybe' cannot be read as bool"),
+        (b"a: !!timestamp x\n", "recipe.yaml:1:4: is not valid YAML: 'x' cannot be read as timestamp"),
     ],
 )
 def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -260,7 +281,7 @@ hub:
         'got "my run"; accepts text that matches',
         "did you mean model.name?",
         'got "nf5"; accepts one of nf4, fp4, int8, none; did you mean nf4?',
-        'got "2.0"; accepts a number above 0; remove the quotes',
+        'got "2.0"; accepts a number above 0 to 100000; remove the quotes',
         'got "three"; accepts a number above 0 to 100000, or null',
         'got "yes"; accepts true or false; did you mean true?',
         "got [0.9]; accepts a list of 2 (each item: a number)",
@@ -285,6 +306,9 @@ hub:
         ("dropout: 1.0", "got 1.0; accepts a number from 0 and below 1"),
         ("rank_pattern: {q: 0}", "adapter.rank_pattern.q: got 0; accepts an integer above 0"),
         ("rank_pattern: {1: 4}", "adapter.rank_pattern.1: keys here are text; put the key in quotes"),
+        ('rank_pattern: {"": 4}', "with something between them"),
+        ("alpha_pattern: {q: 0}", "adapter.alpha_pattern.q: got 0; accepts a number above 0"),
+        ('target_modules: [""]', 'adapter.target_modules.0: got ""; accepts text; it must not be empty'),
         ("3: 4", "adapter.3: unknown key; adapter accepts method, rank,"),
     ],
 )

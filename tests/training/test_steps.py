@@ -170,6 +170,11 @@ def test_packing_fills_rows_and_takes_no_time() -> None:
     assert lengths.sum() / (2048 * len(bins)) > 0.97
 
 
+def test_a_limit_far_above_all_samples_costs_nothing() -> None:
+    assert best_fit_decreasing([3, 5, 4], 2**62) == [[1, 2, 0]]
+    assert best_fit_decreasing([], 2**62) == []
+
+
 @pytest.mark.parametrize("row_multiple", [32, 512])
 def test_the_imbalance_of_ranks_counts_the_padding_of_their_rows(row_multiple: int) -> None:
     lengths = np.array([500, 300], np.int32)
