@@ -106,10 +106,10 @@ class _LoraLinears(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             xa_all = x_TD @ _stack_a(layers, x.dtype).t()
             for layer, xa_TR in zip(layers, xa_all.split(_ranks(layers), dim=1), strict=True):
-                y = F.linear(x, layer.weight(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-                y.view(-1, y.shape[-1]).addmm_(xa_TR, layer.b_OR.to(x.dtype).t(), alpha=layer.scale)
-                # Not a view of it: Falcon adds to its layers' outputs in place.
-                outputs.append(y)
+                y_TO = F.linear(x_TD, layer.weight(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+                y_TO.addmm_(xa_TR, layer.b_OR.to(x.dtype).t(), alpha=layer.scale)
+                # No view to autograd: Falcon adds to its layers' outputs in place.
+                outputs.append(torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1])))
         ctx.save_for_backward(x, xa_all)
         ctx.layers = layers
         return tuple(outputs)

@@ -47,6 +47,18 @@ def test_projections_equal_their_definition(dtype: torch.dtype, count: int, bias
     assert all(grad.dtype == torch.float32 for grad in got[1:])
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_output_may_be_added_to_in_place(biased: bool) -> None:
+    """As Falcon adds its attention's output to its MLP's."""
+    weight, bias = torch.randn(8, 16), torch.randn(8) if biased else None
+    a, b, x = (torch.randn(*shape, requires_grad=True) for shape in ((4, 16), (8, 4), (2, 5, 16)))
+    (out,) = lora_linears(x, [Projection(lambda _: weight, bias, a, b, 0.5)])
+    want = torch.autograd.grad(out.sum(), (x, a, b), retain_graph=True)
+    out += x.sum()
+    got = torch.autograd.grad(out.sum(), (x, a, b))
+    assert torch.allclose(got[0], want[0] + out.numel()) and all(map(torch.equal, got[1:], want[1:]))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rms_norm_equals_its_definition(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
