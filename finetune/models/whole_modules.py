@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 def cast_whole_modules(model: torch.nn.Module) -> list[RemovableHandle]:
     """Give each what comes in its own dtype, and hand on what it gives in that of the module that it stands for.
 
-    Under autocast nothing is cast here. The handles undo it.
+    Autocast gives it what it needs, but would leave an embedding's fp32 values to layer norms, which take none beside
+    weights in bf16 on a CPU. The handles undo it.
     """
     handles = []
     for wrapper in model.modules():
@@ -32,8 +33,9 @@ def _floating_dtype(module: torch.nn.Module) -> torch.dtype | None:
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
-def _cast_inputs(dtype: torch.dtype, _: torch.nn.Module, inputs: Any, options: Any) -> Any:
-    return _cast(inputs, dtype), _cast(options, dtype)
+def _cast_inputs(dtype: torch.dtype, module: torch.nn.Module, inputs: Any, options: Any) -> Any:
+    device = next(module.parameters()).device.type
+    return None if torch.is_autocast_enabled(device) else (_cast(inputs, dtype), _cast(options, dtype))
 
 
 def _cast_output(dtype: torch.dtype, _: torch.nn.Module, __: Any, output: Any) -> Any:
@@ -43,8 +45,7 @@ def _cast_output(dtype: torch.dtype, _: torch.nn.Module, __: Any, output: Any) -
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """`value` with the floating-point tensors in it in `dtype`."""
     if isinstance(value, torch.Tensor):
-        keeps = not value.is_floating_point() or torch.is_autocast_enabled(value.device.type)
-        return value if keeps else value.to(dtype)
+        return value.to(dtype) if value.is_floating_point() else value
     if type(value) in (tuple, list):
         return type(value)(_cast(each, dtype) for each in value)
     return {key: _cast(each, dtype) for key, each in value.items()} if type(value) is dict else value

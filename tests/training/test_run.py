@@ -292,6 +292,16 @@ def test_every_adapter_setting_trains_and_resumes(adapter: dict[str, Any], run_t
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize(("architecture", "name"), [("gpt_neox", "embed_in"), ("falcon", "word_embeddings")])
+def test_an_embedding_trained_whole_trains_under_autocast_with_layer_norms(
+    architecture: str, name: str, run_tiny: RunTiny
+) -> None:
+    """A CPU's layer norm takes no fp32 values, as an embedding in fp32 gives them, beside its weights in bf16."""
+    run = run_tiny(architecture, adapter={"modules_to_save": [name]}, training={"precision": "bf16-mixed"})
+    losses = [row["loss"] or 0.0 for row in read_metrics(run.metrics)]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.usefixtures("same_dtypes")
 @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"], ["input_layernorm"], ["mlp"]], ids=str)
 def test_modules_trained_whole_train_on_a_bf16_base(
