@@ -12,10 +12,12 @@ from typing import Any, Literal
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from finetune.console import warn
 from finetune.errors import ModelError
 from finetune.models.heads import decoder_of
 from finetune.models.whole_modules import cast_whole_modules
@@ -29,22 +31,53 @@ _INIT = {"default": True}
 # An adapter that PEFT has converted (`path_initial_model_for_weight_conversion`) says true instead.
 _OFF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# Models whose fused kernels read out_proj's weight and pass its forward by, so that PEFT refuses an adapter there.
+# Source: PEFT, `peft.tuners.tuners_utils._check_lora_target_modules_mamba`.
+_PASS_OUT_PROJ_BY = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+
 
 def attach_adapter(base: Any, adapter: LoraSection, tokenizer: Any, *, seed: int) -> PeftModel:
     """Wrap `base` with a fresh adapter: fp32, the only trainable parameters, the same values for the same seed.
 
     Raises:
-        ModelError: if a target is not in the model; the message lists what is.
+        ModelError: if a target is not in the model; the message lists what is. Or if PEFT refuses the combination.
     """
     config = build_config(base, adapter, tokenizer)
+    head = base.get_output_embeddings()
+    linears = [name for name, module in base.named_modules() if _is_linear(module) and module is not head]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(base, config)
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as error:
+            raise ModelError(
+                f"adapter: PEFT does not train {base.config.model_type} so: {error}\n"
+                "  Choose other layers by adapter.target_modules or exclude_modules, or leave out what it names."
+            ) from error
+    _warn_of_passed_over(model, adapter, linears)
     for parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
     cast_whole_modules(model)
     model.train()
     return model
+
+
+def _warn_of_passed_over(model: PeftModel, adapter: LoraSection, linears: list[str]) -> None:
+    """PEFT takes names such as gate_proj for those of experts where there are any, and passes linear layers by."""
+    parameters = model.peft_config["default"].target_parameters
+    wanted = None if adapter.target_modules == "all-linear" else adapter.target_modules
+    left = [
+        name
+        for name in linears
+        if not isinstance(model.get_base_model().get_submodule(name), LoraLayer)
+        and (wanted is None or any(_is_named(name, target) for target in wanted))
+        and not any(_is_named(name, target) for target in adapter.exclude_modules)
+    ]
+    if parameters and left:
+        warn(
+            f"adapter.target_modules: PEFT trains the experts of this model ({', '.join(sorted(parameters))}) in place "
+            f"of linear layers that are named as theirs: {len(left)} have no adapter, such as {left[0]}"
+        )
 
 
 def build_config(base: Any, adapter: LoraSection, tokenizer: Any) -> LoraConfig:
@@ -87,13 +120,15 @@ def init_off_the_base(settings: Mapping[str, Any]) -> str | None:
 def text_targets(base: Any, wanted: Literal["all-linear"] | list[str]) -> Literal["all-linear"] | list[str]:
     """The adapter's targets: full names where PEFT would reach more, as images' encoders and routers of experts."""
     routes = wanted == "all-linear" and any(_is_of_its_own_kind(module) for module in base.modules())
-    if base.config.get_text_config() is base.config and not routes:
+    passed_by = wanted == "all-linear" and base.config.model_type in _PASS_OUT_PROJ_BY
+    if base.config.get_text_config() is base.config and not routes and not passed_by:
         return wanted
     head = base.get_output_embeddings()
     inner = {id(module) for module in decoder_of(base).modules()} | {id(head)}
     modules = [(name, module) for name, module in base.named_modules() if id(module) in inner]
     if wanted == "all-linear":
-        return [name for name, module in modules if _is_linear(module) and module is not head]
+        found = [name for name, module in modules if _is_linear(module) and module is not head]
+        return [name for name in found if not passed_by or not _is_named(name, "out_proj")]
     return [name for name, _ in modules if any(_is_named(name, target) for target in wanted)] or wanted
 
 

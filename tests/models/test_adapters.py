@@ -51,6 +51,44 @@ def test_all_linear_leaves_out_routers_that_choose_experts(kind: str) -> None:
     assert decoder_of(base)(input_ids=torch.arange(8)[None]).last_hidden_state.shape == (1, 8, 32)
 
 
+def mixture() -> Any:
+    """Experts in every layer but the first, and one that all tokens pass."""
+    sizes = {
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    config = transformers.Dots1Config(vocab_size=320, **SWIGLU, **sizes, n_shared_experts=1, first_k_dense_replace=1)
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+
+
+def test_layers_that_peft_passes_by_for_experts_are_told(capsys: Any) -> None:
+    attach_adapter(mixture(), LoraSection(rank=4), None, seed=0)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "trains the experts of this model (down_proj, gate.weight, gate_up_proj)" in said
+    assert "6 have no adapter, such as model.layers.0.mlp.gate_proj" in said
+    attach_adapter(mixture(), LoraSection(rank=4, target_modules=["q_proj"]), None, seed=0)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [({"dropout": 0.1}, "dropout"), ({"target_modules": ["gate_proj"]}, "also targeting up_proj")],
+)
+def test_what_peft_refuses_is_the_users_to_change(section: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=rf"adapter: PEFT does not train dots1 so: .*{reason}"):
+        attach_adapter(mixture(), LoraSection(rank=4, **section), None, seed=0)
+
+
+def test_all_linear_leaves_out_what_mamba_passes_by() -> None:
+    config = transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4)
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    assert linear_names(base) == ["dt_proj", "in_proj", "x_proj"]
+    attach_adapter(base, LoraSection(rank=4), None, seed=0)
+
+
 @pytest.mark.parametrize(("wrong", "meant"), [("query_key_values", "query_key_value"), ("dense_h_4h", "dense_h_to_4h")])
 def test_fm26_a_wrong_target_names_the_near_one_and_all(wrong: str, meant: str) -> None:
     with pytest.raises(ModelError) as caught:
