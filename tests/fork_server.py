@@ -7,6 +7,7 @@ where the test has put one: so a test can send a signal at a chosen instant, and
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import os
@@ -179,6 +180,8 @@ def serve() -> None:
     import finetune.report.html
     import finetune.training.train  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a run's collections leave what was imported alone, and do not copy its pages
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
