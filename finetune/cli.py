@@ -34,7 +34,7 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "run": Verb(
         "run",
-        "train, evaluate and export what a recipe says",
+        "train, evaluate and report what a recipe says",
         "finetune run recipes/smollm2_135m_tickets.yaml",
     ),
     "new": Verb(
@@ -95,6 +95,9 @@ VERBS: dict[str, Verb] = {
     ),
     "schema": Verb("schema", "print the recipe's JSON schema for editors", "finetune schema -o recipe.schema.json"),
 }
+
+# What other programs call them.
+_OTHER_NAMES = {"train": "run", "sft": "run", "eval": "evaluate", "infer": "generate", "predict": "generate"}
 
 _VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "datasets")
 _BUG = (
@@ -224,7 +227,7 @@ def _report_bug() -> int:
 def _run(given: list[str]) -> int:
     verb = given[0] if given and given[0] in VERBS else None
     if given and verb is None and not given[0].startswith("-"):
-        near = get_close_matches(given[0], VERBS, n=1)
+        near = [_OTHER_NAMES[given[0]]] if given[0] in _OTHER_NAMES else get_close_matches(given[0], VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"accepts {', '.join(VERBS)}"
         _report(f"error: unknown verb {given[0]}; {hint}")
         return EXIT_BAD_INPUT
@@ -238,7 +241,10 @@ def _run(given: list[str]) -> int:
         rest if hasattr(arguments, "overrides") and all(re.match(r"[a-z_][\w.\[\]]*=", word) for word in rest) else []
     )
     if len(late) < len(rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        keys = "; a recipe's keys stand behind it without dashes: training.optimizer.lr=1e-4"
+        hint = keys if hasattr(arguments, "overrides") else ""
+        _report(f"error: unrecognized arguments: {' '.join(rest)}{hint}; `finetune {verb} --help` lists the options")
+        return EXIT_BAD_INPUT
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     arguments.parser = parser

@@ -88,7 +88,7 @@ def _display() -> Iterator[Progress]:
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        _Rest(table_column=Column(no_wrap=True)),
+        _Rest(),  # the column that gives way on a narrow terminal
     )
     with Progress(*columns, console=console, transient=True, expand=True) as progress:
         _shown.append(progress)
@@ -103,6 +103,8 @@ class _Rest(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """One cell."""
-        if task.fields["status"]:
-            return Text(task.fields["status"])
-        return Text("  ").join([TimeElapsedColumn().render(task), TimeRemainingColumn().render(task)])
+        text = Text(task.fields["status"])
+        if not text:
+            text = Text("  ").join([TimeElapsedColumn().render(task), TimeRemainingColumn().render(task)])
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text

@@ -82,6 +82,8 @@ def test_version() -> None:
     [
         (("rnu", "x"), "unknown verb rnu; did you mean run?"),
         (("zzz",), "unknown verb zzz; accepts run, "),
+        (("train", "x.yaml"), "unknown verb train; did you mean run?"),
+        (("run", "x.yaml", "--lr", "1e-4"), "unrecognized arguments: --lr 1e-4; a recipe's keys stand behind it"),
         (("check", "x.yaml", "--devices", "0"), "argument --devices: 0: must be at least 1"),
         (("run",), "required: recipe\n"),
         (("schema", "--nope"), "unrecognized arguments: --nope"),

@@ -35,6 +35,15 @@ def test_bars_within_bars_share_the_screen(terminal: io.StringIO) -> None:
     assert "training" in text and "2/4" in text and "loss 0.5" in text and "tokenizing a[b]" in text and "2/3" in text
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_count_stands_whole_on_a_narrow_terminal(terminal: io.StringIO, width: int) -> None:
+    console.console.width = width
+    with console.progress_bar("training", 4000) as bar:
+        bar.update(40, "left 39:39  loss 5.2644  lr 3.42e-03  605 tok/s  0.44 GB")
+        console._shown[-1].refresh()
+    assert "40/4000" in terminal.getvalue() and "left 39:39" in terminal.getvalue()
+
+
 def test_an_error_leaves_no_bar_behind(terminal: io.StringIO) -> None:
     with pytest.raises(KeyError), console.progress_bar("training", 4), console.progress_bar("validating", 3):
         raise KeyError

@@ -94,7 +94,8 @@ def _print(found: list[Finding], *, as_json: bool) -> None:
         mark = "" if one.level == "fact" else f"{one.level}: "
         stdout.print(f"{one.topic:<{width}}  {mark}{one.text}", style=_STYLES[one.level] or None, markup=False)
     verdict = "cannot work as it is" if counts["error"] else "nothing keeps it from running"
-    stdout.print(f"{counts['error']} errors, {counts['warning']} warnings: {verdict}", markup=False)
+    numbers = ", ".join(f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in ("error", "warning"))
+    stdout.print(f"{numbers}: {verdict}", markup=False)
 
 
 def _size(text: str) -> int:

@@ -381,9 +381,11 @@ def _summarize(run_dir: RunDir) -> None:
             f"{training['steps']} steps{left_out}, {training['tokens']:,} tokens in {training['seconds']:.0f} s: "
             f"{training['tokens_per_second']:,.0f} tokens/s, peak memory {training['peak_memory_bytes'] / 1e9:.2f} GB"
         )
-    stdout.print(f"adapter   {run_dir.adapter}{_other_step(training)}", markup=False)
-    stdout.print(f"report    {run_dir.report}", markup=False)
-    stdout.print(f"try it    finetune generate {shlex.quote(str(run_dir.root))} --prompt 'your text'", markup=False)
+    here = Path.cwd()
+    shown = RunDir(run_dir.root.relative_to(here)) if run_dir.root.is_relative_to(here) else run_dir
+    stdout.print(f"adapter   {shown.adapter}{_other_step(training)}", markup=False)
+    stdout.print(f"report    {shown.report}", markup=False)
+    stdout.print(f"try it    finetune generate {shlex.quote(str(shown.root))} --prompt 'your text'", markup=False)
 
 
 def _other_step(training: dict[str, Any] | None) -> str:

@@ -12,7 +12,12 @@ from finetune.errors import EXIT_OK
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "dir", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="where runs are, or one of them: runs"
+        "dir",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        default=Path("runs"),
+        help="where runs are, or one of them (default: runs)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
 

@@ -60,6 +60,8 @@ def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[l
     rows: list[Row] = []
     limit = _num_completed(section)
     if section.source is None:
+        if data.validation.source is None and not data.validation.size:
+            return [], None
         if limit != 0:
             rows = prepare_validation_rows(data, tokenizer, template, seed=seed, max_rows=limit)
         if "perplexity" not in section.metrics:

@@ -52,7 +52,7 @@ def _workers(run: Planned) -> tuple[bool, str]:
     count = run.recipe.training.num_workers
     if count:
         return True, f"{count} processes assemble batches"
-    return False, "data is tokenized ahead and mapped into memory, so a batch is a copy; set training.num_workers: 2"
+    return False, "data is tokenized ahead and mapped into memory, so a batch is a copy (training.num_workers: 0)"
 
 
 def _pinned(run: Planned) -> tuple[bool, str]:

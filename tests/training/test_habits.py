@@ -83,7 +83,7 @@ WHOLE: dict[str, tuple[Planned, Rows]] = {
     "packed on a CPU": (
         planned(CPU),
         {
-            "loader workers": (False, "set training.num_workers: 2"),
+            "loader workers": (False, "(training.num_workers: 0)"),
             "pinned memory": (False, "nothing is copied to a device"),
             "non-blocking copies": (False, "nothing is copied to a device"),
             "no needless synchronization": (True, "a CPU has nothing to wait for"),
@@ -150,7 +150,7 @@ WHOLE: dict[str, tuple[Planned, Rows]] = {
             training={"precision": "16-mixed", "auto_micro_batch": True, "compile": True},
         ),
         {
-            "loader workers": (False, "set training.num_workers: 2"),
+            "loader workers": (False, "(training.num_workers: 0)"),
             "pinned memory": (True, "page-locked"),
             "non-blocking copies": (True, "all copies of a step start at once"),
             "no needless synchronization": (False, "the loss scaler of 16-mixed"),
