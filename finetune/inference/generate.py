@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from finetune.inference.dense import dense_weights
@@ -74,6 +75,7 @@ def generate(
     if full and on_batch is not None:
         on_batch(len(full))
     device = causal_lm.get_input_embeddings().weight.device
+    sharded = any(isinstance(parameter, DTensor) for parameter in causal_lm.parameters())
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), decoding(model), dense_weights(model):
         torch.manual_seed(sampling.seed)
@@ -81,7 +83,7 @@ def generate(
         prefix = SharedPrefix(causal_lm, list(fitting.values()), longest)
         for room, batch in _batches(fitting, batch_size, sampling.max_new_tokens, context):
             config = _generation_config(replace(sampling, max_new_tokens=room), stop_token_ids, tokenizer.pad_token_id)
-            rows = _generate_batch(causal_lm, [prompts[index] for index in batch], prefix, config, device)
+            rows = _generate_batch(causal_lm, [prompts[index] for index in batch], prefix, config, device, sharded)
             for index, row in zip(batch, rows, strict=True):
                 completions[index] = _completion(row, set(stop_token_ids), tokenizer)
             if on_batch is not None:
@@ -117,7 +119,12 @@ def _generation_config(sampling: Sampling, stop_token_ids: Sequence[int], pad_id
 
 
 def _generate_batch(
-    causal_lm: Any, prompts: list[list[int]], prefix: SharedPrefix, config: GenerationConfig, device: torch.device
+    causal_lm: Any,
+    prompts: list[list[int]],
+    prefix: SharedPrefix,
+    config: GenerationConfig,
+    device: torch.device,
+    sharded: bool,
 ) -> list[list[int]]:
     """New token ids of every prompt, padded to the longest completion."""
     width, shared = max(map(len, prompts)), prefix.length
@@ -132,6 +139,8 @@ def _generate_batch(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         generation_config=config,
+        # Layers are gathered by all ranks together, and unlike GPUs may round to other tokens, which end elsewhere.
+        synced_gpus=sharded,
         **({} if cache is None else {"past_key_values": cache}),
     )
     rows: list[list[int]] = out[:, width:].tolist()

@@ -337,3 +337,37 @@ def test_fm17_fm20_two_sharding_processes_stopped_in_a_validation_end_in_the_sam
     assert "stopped by SIGTERM at step 2 of 4; step 2 is saved" in error
     run = launch(recipe, 2)
     same_ending(whole, run, "step-000004")
+
+
+# What unlike GPUs may round to: one rank's completions end earlier.
+ENDS_EARLIER = """
+import os
+if 'EARLIER' in os.environ:
+    from transformers import GenerationMixin
+    generate = GenerationMixin.generate
+    def shorter(self, *given, **named):
+        from finetune.distributed import global_rank
+        named['generation_config'].max_new_tokens -= 2 * global_rank()
+        return generate(self, *given, **named)
+    GenerationMixin.generate = shorter
+"""
+
+
+def test_completions_that_end_elsewhere_on_another_rank_leave_nobody_waiting(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every token gathers the sharded layers, by all ranks together; rank 0's completions are kept."""
+    (tmp_path / "sitecustomize.py").write_text(ENDS_EARLIER)
+    sections: dict[str, Any] = {
+        "training": {"max_steps": 1},
+        "data": {"validation": {"size": 3}},
+        "evaluation": {"metrics": ["exact_match"], "num_samples": 1, "max_new_tokens": 6},
+        "distributed": {"accelerator": "cpu", "strategy": "fsdp", "devices": 2},
+    }
+    recipe = tiny("earlier", "llama", **sections)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "EARLIER": "1"}
+    command = [sys.executable, "-m", "finetune", "run", str(recipe)]
+    done = subprocess.run(command, env=environment, timeout=280, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = json.loads((recipe.parent / "runs" / "earlier" / "results.json").read_text())["after"]
+    assert (after["num_rows"], len(after["samples"])) == (3, 1)
