@@ -241,6 +241,7 @@ def test_a_verb_that_runs_out_of_memory_is_no_bug(
 def test_an_error_on_another_rank_says_which(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(cli, "_run", _raiser(FinetuneError("failed")))
     assert cli.main(["schema"]) == 1

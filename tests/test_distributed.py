@@ -13,10 +13,12 @@ from finetune.distributed import global_rank
 
 SRUN = {"SLURM_JOB_NAME": "tune", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 SHELL = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1"}
 RANKS = {
     "alone": ({}, 0),
-    "torchrun": ({"RANK": "5", "LOCAL_RANK": "1"}, 5),
-    "torchrun, one a machine by srun": ({**SRUN, "RANK": "5", "LOCAL_RANK": "1"}, 5),
+    "torchrun": (TORCHRUN, 5),
+    "torchrun, one a machine by srun": ({**SRUN, **TORCHRUN}, 5),
+    "a cluster's variables, but no torchrun": ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0"}, 0),
     "srun": (SRUN, 3),
     "srun, its local rank passed on": ({**SRUN, "LOCAL_RANK": "1"}, 3),
     "our launcher": ({"LOCAL_RANK": "1"}, 1),
