@@ -38,6 +38,8 @@ def quiet_libraries() -> None:
     for name in ("pytorch", "fabric", *modules):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     logging.getLogger("lightning").setLevel(logging.WARNING)
+    # Its one message is why it kills this process: another rank's end, by which signal or code.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # the same that the base has

@@ -24,15 +24,19 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities import distributed as lightning_distributed
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune.errors import BadInputError
+from finetune.distributed import is_rank_zero
+from finetune.errors import BadInputError, FinetuneError, first_line
 from finetune.recipe.schema import DistributedSection, Recipe, TrainingSection
 
-# Preparing data or loading a model on one rank may take long; a rank that dies is noticed by its launcher instead.
-PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
+# How long a rank waits for another: loading and measuring may take one of them longer. One that dies is noticed sooner.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
+# Which our own launcher sets anew.
+LAUNCHERS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "RANK", "LOCAL_RANK")
 # Where one rank fails others often do: how long they have to say why.
 LAST_WORDS_SECONDS = 2.0
 # By which Lightning tells all ranks of a SIGTERM; since 2.6.
@@ -77,6 +81,11 @@ def resolve_placement(section: DistributedSection) -> Placement:
         devices = available if accelerator == "cuda" and section.strategy != "single" else 1
     assert isinstance(devices, int)
     if accelerator == "cuda" and devices > available:
+        if _launched_size() is not None:
+            raise BadInputError(
+                f"{devices} processes were started on this machine, and this one sees {available} GPUs; start one a "
+                "GPU, and let each see all of them: with SLURM --gpus-per-node, not --gpus-per-task or --gpu-bind"
+            )
         raise BadInputError(f"distributed.devices: {devices}, but this machine has {available} GPUs")
     strategy = strategy_of(section, devices * num_nodes)
     return Placement(accelerator, devices, num_nodes, strategy, section.cpu_offload)
@@ -110,16 +119,23 @@ def launcher() -> ClusterEnvironment | None:
 def _launched_size() -> tuple[int, int] | None:
     """(processes per machine, machines) where torchrun or srun started this process."""
     if TorchElasticEnvironment.detect():
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        return local, int(os.environ["WORLD_SIZE"]) // local
+        local, nodes = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        if local * nodes != int(os.environ["WORLD_SIZE"]):
+            raise BadInputError(
+                f"torchrun started {os.environ['WORLD_SIZE']} processes on {nodes} machines, {local} of them on this "
+                "one: every machine needs the same number; give all the same --nproc-per-node"
+            )
+        return local, nodes
     return _slurm_size() if SLURMEnvironment.detect() else None
 
 
 def _slurm_size() -> tuple[int, int]:
     tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
-    if tasks % nodes:
+    spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # 2(x2), or 3,1
+    if tasks % nodes or "," in spread:
         raise BadInputError(
-            f"SLURM_NTASKS is {tasks} on {nodes} nodes: every node needs the same number; use --ntasks-per-node"
+            f"SLURM_NTASKS is {tasks} on {nodes} nodes{f' ({spread})' * bool(spread)}: every node needs the same "
+            "number; use --ntasks-per-node"
         )
     return tasks // nodes, nodes
 
@@ -209,6 +225,10 @@ def build_trainer(placement: Placement, training: TrainingSection, callbacks: li
         keep_fp32_exact()
     plugins: list[Any] = [_precision_plugin(training.precision, placement.accelerator)]
     environment = launcher()
+    if environment is None and is_rank_zero():
+        # Left by another job, or set by a cluster for its own launcher, they would be taken for ours.
+        for name in LAUNCHERS_VARIABLES:
+            os.environ.pop(name, None)
     if environment is not None and placement.strategy != "single":
         plugins.append(environment)
     trainer = L.Trainer(
@@ -246,10 +266,14 @@ def keep_fp32_exact() -> None:
 
 @contextmanager
 def ending_others(trainer: L.Trainer) -> Iterator[None]:
-    """Where the block fails, end the ranks that this process has started: they would wait for it in a collective."""
+    """Where the block fails, end the ranks that this process has started: they would wait for it in a collective.
+
+    Raises:
+        FinetuneError: where it fails because another rank is gone.
+    """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         others = list(started)
         # Lightning watches this very list, and kills this process, its message unsaid, where one of them has failed.
@@ -261,7 +285,28 @@ def ending_others(trainer: L.Trainer) -> Iterator[None]:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+        if _is_of_others(error):
+            raise FinetuneError(
+                f"this rank has lost the others: {first_line(error)}\n"
+                "  One of them has failed, which its own message says, or was killed, as by a system without memory,\n"
+                f"  or has not answered for {PROCESS_GROUP_TIMEOUT.total_seconds() / 3600:g} hours.\n"
+                "  The last checkpoint is untouched, and the same command continues from it."
+            ) from error
         raise
+
+
+def leave_together(trainer: L.Trainer) -> None:
+    """Before all ranks end with a code that is not 0: Lightning kills this process where another has ended so earlier.
+
+    Rank 0 may take longer than others, which have no trackers to close and no job to queue again.
+    """
+    getattr(trainer.strategy.launcher, "procs", []).clear()
+    trainer.strategy.barrier()
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Whether a collective has failed; gloo's errors have no class of their own."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def _leave_group_at_exit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from finetune.errors import BadInputError
-from finetune.recipe.schema import Recipe, TrainingSection
+from finetune.errors import BadInputError, FinetuneError
+from finetune.recipe.schema import DistributedSection, Recipe, TrainingSection
 from finetune.training import strategy
 from finetune.training.module import FinetuneModule
 from finetune.training.strategy import (
@@ -26,6 +27,8 @@ from finetune.training.strategy import (
     check_launch,
     ending_others,
     keep_fp32_exact,
+    leave_together,
+    resolve_placement,
 )
 
 
@@ -79,6 +82,56 @@ def test_several_machines_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     check_launch(placement)
 
 
+def test_machines_with_other_numbers_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInputError, match="3 processes on 2 machines, 2 of them on this one"):
+        resolve_placement(DistributedSection(accelerator="cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert resolve_placement(DistributedSection(accelerator="cpu")).world_size == 4
+    for name in variables:
+        monkeypatch.delenv(name)
+    step = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_JOB_NAME": "tune"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInputError, match=r"SLURM_NTASKS is 4 on 2 nodes \(3,1\): every node needs the same"):
+        resolve_placement(DistributedSection(accelerator="cpu"))
+
+
+def test_a_gpu_for_each_process_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun --gpus-per-task=1: every process sees its own GPU as the first and only one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "tune", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInputError, match=r"8 processes were started .* sees 1 GPUs; .*--gpus-per-node"):
+        resolve_placement(DistributedSection(accelerator="cuda"))
+
+
+def test_our_launcher_takes_nothing_from_another_ones_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in strategy.LAUNCHERS_VARIABLES:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(L, "Trainer", lambda **_: MagicMock())
+    build_trainer(Placement("cpu", 2, 1, "ddp"), TrainingSection(), [])
+    assert not os.environ.keys() & set(strategy.LAUNCHERS_VARIABLES)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    build_trainer(Placement("cpu", 2, 1, "ddp"), TrainingSection(), [])
+    assert os.environ["LOCAL_RANK"] == "1", "a process that our launcher has started"
+
+
+def test_a_rank_that_has_lost_another_says_so() -> None:
+    """Gloo's words when a process at the other end was killed."""
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=None))
+    words = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:40117"
+    with pytest.raises(FinetuneError, match="this rank has lost the others") as caught, ending_others(trainer):
+        raise RuntimeError(words)
+    assert "Connection closed by peer" in str(caught.value) and "the same command continues" in str(caught.value)
+    with pytest.raises(FinetuneError, match="this rank has lost the others"), ending_others(trainer):
+        raise torch.distributed.DistBackendError("NCCL error")
+    with pytest.raises(RuntimeError, match="shapes differ"), ending_others(trainer):
+        raise RuntimeError("shapes differ")
+
+
 def test_fp32_products_are_exact_whatever_was_set_before() -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
@@ -116,6 +169,14 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(monkeypatch: pytest.Monke
         raise OSError("No space left on device")
     assert (waiting.wait(), failed.returncode) == (-signal.SIGKILL, 3)
     assert not launcher.procs, "Lightning's observer would kill the rank that failed first"
+
+
+def test_ranks_that_stop_leave_together() -> None:
+    """Lightning kills rank 0 when another has ended with 75, however long its trackers take to close."""
+    procs, calls = [object()], []
+    of_ranks = SimpleNamespace(launcher=SimpleNamespace(procs=procs), barrier=lambda: calls.append(len(procs)))
+    leave_together(SimpleNamespace(strategy=of_ranks))  # type: ignore[arg-type]
+    assert calls == [0]
 
 
 def test_no_batch_waits_to_hear_of_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
