@@ -158,7 +158,7 @@ def _run_recipe(
     from finetune.training.resume import find_checkpoint, put_later_aside
     from finetune.training.strategy import check_dora
     from finetune.training.trackers import check_trackers
-    from finetune.training.train import is_trained, prepare_job, train
+    from finetune.training.train import prepare_job, train
 
     check_trackers(recipe.logging)
     if recipe.hub.push and is_rank_zero():
@@ -185,12 +185,12 @@ def _run_recipe(
         signals.doing = "before training went on"
         signals.saved = f"step {checkpoint.step} is saved in {checkpoint.path}"
     measure = _Measure(job, run_dir)
-    if checkpoint is not None and is_trained(job, checkpoint) and _is_measured(run_dir, recipe):
+    if _is_finished(job, run_dir, checkpoint):
         say("this run is finished; --fresh starts it anew")
     else:
         if is_rank_zero():
             _forget_training(run_dir)
-        state = train(job, run_dir, checkpoint, before=measure.before, after=measure.after, signals=signals)
+        state = train(job, run_dir, checkpoint, measure=measure, signals=signals)
         if is_rank_zero():
             _record_training(run_dir, job, state)
     signals.doing, signals.saved = "after training", f"everything is saved in {run_dir.root}"
@@ -229,10 +229,11 @@ class _Measure:
     """Task metrics and perplexity of the model, before and after, into results.json."""
 
     def __init__(self, job: Job, run_dir: RunDir) -> None:
-        from finetune.evaluation.task import load_rows
+        from finetune.evaluation.task import fingerprint_of_rows, load_rows
 
         self._job, self._run_dir = job, run_dir
         self._rows, self._tokens = load_rows(job.recipe, job.tokenizer, job.template)
+        self.fingerprint = fingerprint_of_rows(self._rows, self._tokens)
         self._num_trained: int | None = None
         if job.recipe.evaluation.source is not None:
             self._compare(job)
@@ -309,12 +310,15 @@ def _record(
     _write_results(run_dir, results)
 
 
-def _is_measured(run_dir: RunDir, recipe: Recipe) -> bool:
-    """Whether a run's last record is there, and of the weights that the recipe asks for: what came before is, too."""
-    training = _read_results(run_dir).get("training")
-    if not run_dir.adapter.is_dir() or training is None:
-        return False
-    return bool(training.get("ends_with", _ending(recipe)) == _ending(recipe))
+def _is_finished(job: Job, run_dir: RunDir, checkpoint: Checkpoint | None) -> bool:
+    """Whether the last record is there, of the weights that the recipe asks for, by rank 0, who alone may see it."""
+    from finetune.training.train import is_trained
+    from finetune.training.turns import of_rank_zero
+
+    training, ending = _read_results(run_dir).get("training"), _ending(job.recipe)
+    is_measured = run_dir.adapter.is_dir() and training is not None and training.get("ends_with", ending) == ending
+    finished = is_measured and checkpoint is not None and is_trained(job, checkpoint)
+    return bool(of_rank_zero("finished", finished, until_heard=True))
 
 
 def _ending(recipe: Recipe) -> str:

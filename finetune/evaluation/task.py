@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[l
     source = section.source.model_copy(update={"max_rows": min(limits, default=None)})
     test = data.model_copy(update={"sources": [source], "validation": ValidationSection()})
     return rows, prepare_data(test, tokenizer, template, seed=seed).train
+
+
+def fingerprint_of_rows(rows: Sequence[Row], tokens: TokenDataset | None) -> str:
+    """A hash of the test rows, as `load_rows` gives them."""
+    parts = [*(str(row.digest) for row in rows), "" if tokens is None else tokens.fingerprint]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def count_trained(rows: Sequence[Row], tokens: TokenDataset | None, train: TokenDataset) -> int:

@@ -29,7 +29,7 @@ PLACES = (
 )
 
 
-def check_agreement(recipe: Recipe, fingerprints: dict[str, Any], *, num_steps: int, first_step: int) -> None:
+def check_agreement(recipe: Recipe, fingerprints: dict[str, Any], settled: dict[str, Any]) -> None:
     """Compare what the processes have found. Collective.
 
     Raises:
@@ -38,7 +38,7 @@ def check_agreement(recipe: Recipe, fingerprints: dict[str, Any], *, num_steps: 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     own = {"host": socket.gethostname(), "recipe": dump_recipe(recipe), "fingerprints": fingerprints}
-    own["steps"] = {"steps in all": num_steps, "step to go on from": first_step}
+    own["settled"] = settled
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     for rank, other in enumerate(ranks):
@@ -46,7 +46,8 @@ def check_agreement(recipe: Recipe, fingerprints: dict[str, Any], *, num_steps: 
             raise BadInputError(
                 f"rank {rank} ({other['host']}) does not train on what rank 0 ({ranks[0]['host']}) trains on:\n  "
                 + "\n  ".join(found)
-                + "\n  Give every machine the same recipe and files, on a disk that they share or by copying them."
+                + "\n  Give every machine the same recipe and files, on a disk that they share or by copying them; set "
+                "what auto takes otherwise there."
             )
 
 
@@ -54,8 +55,10 @@ def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """What two processes have found otherwise, in words."""
     keys = [line for line in changed_keys(first["recipe"], other["recipe"]) if not _is_place(line.split(":")[0])]
     files = changed_fingerprints(first["fingerprints"], other["fingerprints"], "on rank 0")
-    steps = other["steps"]
-    return keys + files + [f"{name}: {n} -> {steps[name]}" for name, n in first["steps"].items() if n != steps[name]]
+    if first["fingerprints"].get("test") != other["fingerprints"].get("test"):
+        files.append("the rows that are measured: they are others than on rank 0")
+    settled = [(name, value, other["settled"][name]) for name, value in first["settled"].items()]
+    return keys + files + [f"{name}: {value} -> {theirs}" for name, value, theirs in settled if value != theirs]
 
 
 def _is_place(key: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -47,11 +47,28 @@ from finetune.training.preemption import Preemption, requeue
 from finetune.training.resume import recorded_start
 from finetune.training.state import RunState, is_stopped_early
 from finetune.training.steps import Packing, StepDataset, StepPlan, build_plan, rank_imbalance
-from finetune.training.strategy import Placement, build_trainer, check_launch, ending_others, resolve_placement
-from finetune.training.turns import in_turn
+from finetune.training.strategy import (
+    Placement,
+    build_trainer,
+    check_launch,
+    ending_others,
+    leave_together,
+    resolve_placement,
+)
+from finetune.training.turns import in_turn, of_rank_zero
 from finetune.training.validation import Validation
 
-Hook = Callable[[FinetuneModule], None]
+
+class Measure(Protocol):
+    """Measuring the model on rows."""
+
+    fingerprint: str  # of the rows
+
+    def before(self, module: FinetuneModule) -> None:
+        """Called ahead of the first step of a fresh run."""
+
+    def after(self, module: FinetuneModule) -> None:
+        """Called when the last step is done."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,9 @@ def _load_dated_template(recipe: Recipe, tokenizer: Any) -> tuple[ChatTemplate, 
     if data.date is None and path.is_file():
         recorded = read_document(path).value.get("data", {}).get("date")
         data = data.model_copy(update={"date": recorded and datetime.date.fromisoformat(recorded)})
+    # Of one process: at midnight another may have the next day.
+    date = of_rank_zero("date", str(data.date or datetime.date.today()))
+    data = data.model_copy(update={"date": datetime.date.fromisoformat(date)})
     template = load_template(tokenizer, data)
     if template.date is None:
         return template, recipe
@@ -143,16 +163,12 @@ def _load_dated_template(recipe: Recipe, tokenizer: Any) -> tuple[ChatTemplate, 
     return template, recipe.model_copy(update={"data": data.model_copy(update={"date": template.date})})
 
 
-def train(
-    job: Job, run: RunDir, checkpoint: Checkpoint | None, *, before: Hook, after: Hook, signals: StopSignals
-) -> RunState:
+def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, measure: Measure, signals: StopSignals) -> RunState:
     """Train from `checkpoint`, or from the start; leaves checkpoints and the final adapter in `run`.
-
-    `before` is called ahead of the first step of a fresh run, `after` when the last step is done.
 
     Raises:
         PreemptedError: if a signal ended the run early; everything is saved.
-        StopRequested: by a signal while `before` or `after` runs.
+        StopRequested: by a signal while it is measured.
         FinetuneError: for a loss that is not finite, or a disk that is full.
     """
     recipe, placement = job.recipe, job.placement
@@ -164,12 +180,12 @@ def train(
     writer = CheckpointWriter(
         recipe, dump_recipe(recipe), run, state, job.fingerprints, guard, signals, resumed=checkpoint
     )
-    callbacks: list[L.Callback] = [_Flow(job, run, checkpoint, state, before), preemption, guard]
+    callbacks: list[L.Callback] = [_Flow(job, run, checkpoint, state, measure), preemption, guard]
     if job.data.validation is not None and recipe.evaluation.every_steps is not None:
         held_out = job.steps_of(job.data.validation, rank=global_rank(), world_size=placement.world_size)
         stops = job.template.stop_token_ids
         callbacks.append(Validation(recipe, run, state, held_out, stops, preemption.interrupts))
-    callbacks += [meter, writer, _LastMeasuring(run, state, meter, after, signals)]
+    callbacks += [meter, writer, _LastMeasuring(run, state, meter, measure, signals)]
     trainer = build_trainer(placement, recipe.training, callbacks)
     steps = job.steps_of(job.data.train, rank=trainer.global_rank, world_size=placement.world_size)
     if checkpoint is not None:
@@ -185,6 +201,7 @@ def train(
     if state.is_preempted:
         if trainer.is_global_zero:
             requeue(state.stop_reason)
+        leave_together(trainer)
         raise PreemptedError(signals.last_line(f"at step {module.step} of {job.plan.num_steps}"))
     return state
 
@@ -210,18 +227,25 @@ def _finish_trained(trainer: L.Trainer, module: FinetuneModule, callbacks: list[
 class _Flow(L.Callback):
     """Processes that disagree are refused; resume at the start, or measure the bare base; the final adapter."""
 
-    def __init__(self, job: Job, run: RunDir, checkpoint: Checkpoint | None, state: RunState, before: Hook) -> None:
+    def __init__(self, job: Job, run: RunDir, checkpoint: Checkpoint | None, state: RunState, measure: Measure) -> None:
         self._job, self._run, self._checkpoint, self._state = job, run, checkpoint, state
-        self._before = before
+        self._measure = measure
 
     def setup(self, trainer: L.Trainer, module: FinetuneModule, stage: str) -> None:  # type: ignore[override]
-        first_step = 0 if self._checkpoint is None else self._checkpoint.step
-        steps = self._job.plan.num_steps
-        check_agreement(self._job.recipe, self._job.fingerprints, num_steps=steps, first_step=first_step)
+        job, packing = self._job, self._job.packing
+        settled = {
+            "steps in all": job.plan.num_steps,
+            "step to go on from": 0 if self._checkpoint is None else self._checkpoint.step,
+            # By each machine's memory and libraries, where the recipe leaves it open.
+            "distributed.strategy": job.placement.strategy,
+            "model.attention": job.attention,
+            f"{packing.unit} of a forward pass": packing.size,
+        }
+        check_agreement(job.recipe, {**job.fingerprints, "test": self._measure.fingerprint}, settled)
 
     def on_train_start(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
         if self._checkpoint is None:
-            self._before(module)
+            self._measure.before(module)
             return
         optimizer = module.optimizers(use_pl_optimizer=False)
         name = module.recipe.training.optimizer.name
@@ -252,8 +276,8 @@ class _Flow(L.Callback):
 class _LastMeasuring(L.Callback):
     """What comes after training, when everything is saved and a signal may end the run at once again."""
 
-    def __init__(self, run: RunDir, state: RunState, meter: Meter, after: Hook, signals: StopSignals) -> None:
-        self._run, self._state, self._meter, self._after, self._signals = run, state, meter, after, signals
+    def __init__(self, run: RunDir, state: RunState, meter: Meter, measure: Measure, signals: StopSignals) -> None:
+        self._run, self._state, self._meter, self._measure, self._signals = run, state, meter, measure, signals
 
     def on_train_end(self, trainer: L.Trainer, module: FinetuneModule) -> None:  # type: ignore[override]
         if self._state.is_preempted:
@@ -262,7 +286,7 @@ class _LastMeasuring(L.Callback):
         self._signals.saved = f"training is done and the adapter saved in {self._run.adapter}"
         self._signals.doing = "while the trained adapter was measured"
         self._signals.end_deferral()
-        self._after(module)
+        self._measure.after(module)
 
 
 def save_final_adapter(job: Job, run: RunDir, module: FinetuneModule) -> None:

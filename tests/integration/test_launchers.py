@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder / "tiny.yaml", tiny_recipe(folder, model, rows, training=training))
 
 
-def start(recipe: Path, nodes: int, tasks_per_node: int, *extra: str, **variables: str) -> list[subprocess.Popen[str]]:
-    """`finetune run` as srun starts it on `nodes`; the processes by rank."""
+def start(
+    recipe: Path, nodes: int, tasks_per_node: int, *extra: str, homes: Sequence[Path] = (), **variables: str
+) -> list[subprocess.Popen[str]]:
+    """`finetune run` as srun starts it on `nodes`; the processes by rank, each in a directory of `homes`."""
     with socket.socket() as probe:
         for job in range(os.getpid() % 5000, 9999):  # Lightning's port is 15000 + the job's last four digits
             try:
@@ -75,9 +78,11 @@ def start(recipe: Path, nodes: int, tasks_per_node: int, *extra: str, **variable
         own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
         command = [sys.executable, "-m", "finetune", "run", str(recipe), *extra]
         environment = {**os.environ, **common, **own}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        home = homes[rank] if homes else None
+        if home is not None:
+            home.mkdir(exist_ok=True)
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=home))
     return processes
 
 
@@ -133,3 +138,16 @@ def test_our_own_launcher_works_in_a_shell_of_slurms(recipe: Path) -> None:
     output = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert output[1].count("step 2/2") == 1 and "2 x cpu, ddp" in output[1]
+
+
+def test_a_finished_run_that_rank_zero_alone_sees_ends_every_rank(recipe: Path, tmp_path: Path) -> None:
+    """Each machine has a disk of its own: the second command has nothing to do, and nobody waits."""
+    words = []
+    for _ in range(2):
+        homes = [tmp_path / str(rank) for rank in range(2)]
+        overrides = ("name=apart", "output_dir=runs", "distributed.strategy=ddp")
+        processes = start(recipe, 2, 1, *overrides, homes=homes)
+        outputs = [process.communicate(timeout=200) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        words.append(outputs[0][1])
+    assert "this run is finished" in words[1] and "this run is finished" not in words[0]
