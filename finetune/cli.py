@@ -184,6 +184,7 @@ def _epilog(example: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 failed, 2 bad input, 75 run the same command again."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed_streams()
     # Before any library that reads them is imported.
     refuse_telemetry()
     for stream in (sys.stdout, sys.stderr):
@@ -209,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except OSError as error:
+        if error.errno == errno.ENOENT and _has_lost_directory():
+            _report("error: the working directory is gone; change to one that exists, then run the same command again")
+            return EXIT_BAD_INPUT
         if error.errno not in _OF_THE_MACHINE:
             return _report_bug()
         what = f"{error.filename or 'a file'}: {error.strerror}"
@@ -216,6 +220,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT if error.errno in _NO_PATH else EXIT_FAILURE
     except Exception:
         return _report_bug()
+
+
+def _has_lost_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _open_closed_streams() -> None:
+    """A stream that is closed at the start (`2>&-`) would be the next file that is opened, and be written to."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number and not os.path.exists(f"/dev/fd/{number}"):
+                os.dup2(null, number)
+            setattr(sys, name, os.fdopen(null, mode, encoding="utf-8"))
 
 
 def _report_bug() -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -34,6 +37,27 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print one line that the user should act on."""
     console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class _Lossy(io.FileIO):
+    """A descriptor that takes everything; what it cannot pass on is lost."""
+
+    def write(self, data: Any) -> int:
+        """The number of bytes taken: all, or as many as were written."""
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Let stdout and stderr lose what cannot be written: no work ends with its terminal, a pipe's reader or a log."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper:
+            raw = io.BufferedWriter(_Lossy(stream.fileno(), "w", closefd=False))
+            lossy = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True)
+            setattr(sys, name, lossy)
 
 
 # The display that is on the screen; a second one would fight with it for the same lines.

@@ -165,7 +165,7 @@ def manifest_text(content: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
     """A checkpoint's manifest, whose `files` are as `damage_of` takes them; or nothing of it, and why."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest["files"].items()
     except FileNotFoundError:
         return {}, f"it has no {MANIFEST}, so it was never finished"
@@ -202,7 +202,7 @@ def locked(path: Path) -> Iterator[None]:
     The system drops the lock when its holder dies, so nobody waits for the dead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -266,7 +266,7 @@ def sole_owner(path: Path) -> Iterator[None]:
         BlockingIOError: if another process holds it; the message is what that process wrote: its pid and host.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C of a run: while it loads or measures they end it, while it trains they are noted.
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C of a run: while it loads or measures they end it, while it trains they are noted.
 
 A thread hears of every signal through `signal.set_wakeup_fd`, even while the main thread waits in C code for a product
 or another rank, and ends the process where the main thread does not: after the grace, or at a second Ctrl-C.
@@ -13,13 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from finetune.distributed import is_rank_zero
 from finetune.errors import EXIT_PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # How long the main thread may take to unwind where there is nothing to save.
 UNWIND_SECONDS = 5.0
 
@@ -53,6 +53,8 @@ class StopSignals:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+        if self._previous[signal.SIGHUP] == signal.SIG_IGN:  # by nohup
+            del self._previous[signal.SIGHUP]
         self.install()
         self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         _active = self
@@ -130,7 +132,8 @@ class StopSignals:
         """End the process from the watching thread, whatever the main one is in."""
         if is_rank_zero():
             cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
-            os.write(2, f"{cursor}{self.last_line(doing)}\n".encode())
+            with suppress(OSError):  # the terminal may have gone
+                os.write(2, f"{cursor}{self.last_line(doing)}\n".encode())
         kill_children()
         os._exit(code)
 
@@ -161,6 +164,7 @@ def leave_to_parent(worker: int = 0) -> None:
     """In a process that loads or tokenizes: its parent ends it when its work is done; a second SIGTERM is its own."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -176,6 +180,7 @@ def _forget_in_child() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

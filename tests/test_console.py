@@ -67,3 +67,17 @@ def test_without_a_terminal_there_is_one_line_on_rank_0_alone() -> None:
 
     assert said("0") == "merging (1,200)\n"
     assert said("1") == ""
+
+
+def test_what_nobody_reads_ends_no_work() -> None:
+    """The reader of a pipe goes, and a log's disk is full."""
+    code = (
+        "import sys; from finetune import console; console.outlive_readers(); sys.stdin.read();"
+        "[console.say('line') or console.stdout.print('line') for _ in range(9)]; sys.exit(3)"
+    )
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=full)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == 3

@@ -227,7 +227,7 @@ class _LmEval:
 
 def _append(run: RunDir, record: dict[str, Any]) -> None:
     path = run.results
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     results.setdefault("evaluations", []).append(record)
     try:
         write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -211,7 +211,7 @@ def _whole_reference(path: Path, merge: Merge, samples: list[CheckSample]) -> tu
 def merged_section(folder: Path, recipe: Recipe) -> ModelSection:
     """A merged model as a recipe names it: its files alone, in their dtype."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    dtype = json.loads((folder / "config.json").read_text()).get("dtype")
+    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     changes = {
         "name": str(folder.absolute()),
         "revision": None,
@@ -324,11 +324,12 @@ def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, faul
         "finetune_version": __version__,
         "weights": weights,
     }
-    (folder / MERGE_RECORD).write_text(json.dumps(values, indent=1) + "\n")
+    (folder / MERGE_RECORD).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if fault is not None:
         (folder / UNUSABLE).write_text(
             f"# Do not use this model\n\nIt was merged, and then failed its check: {fault}.\n\n"
-            f"The figures are in {MERGE_RECORD} under `check`. The adapter itself is as good as it was.\n"
+            f"The figures are in {MERGE_RECORD} under `check`. The adapter itself is as good as it was.\n",
+            encoding="utf-8",
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.arguments import add_overrides
-from finetune.console import progress_bar, say, stdout, warn
+from finetune.console import outlive_readers, progress_bar, say, stdout, warn
 from finetune.distributed import end_with_rank_zero, is_rank_zero
 from finetune.errors import EXIT_OK, BadInputError, PreemptedError
 from finetune.files import recover_directory, sole_owner, write_atomic
@@ -54,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure and save; continue where an earlier call was stopped."""
     end_with_rank_zero()
+    outlive_readers()
     with StopSignals(_continuing_command(arguments)) as signals:
         try:
             return _run(arguments, signals)
@@ -357,7 +358,7 @@ def _forget_training(run_dir: RunDir) -> None:
 def _read_results(run_dir: RunDir) -> dict[str, Any]:
     if not run_dir.results.is_file():
         return {}
-    results: dict[str, Any] = json.loads(run_dir.results.read_text())
+    results: dict[str, Any] = json.loads(run_dir.results.read_text(encoding="utf-8"))
     return results
 
 

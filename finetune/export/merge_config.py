@@ -36,7 +36,7 @@ def write_configs(
     """
     config.save_pretrained(folder)
     path = folder / "config.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     for name in ("_name_or_path", "_model_name_or_path"):  # of the base, and at times a path of someone's machine
         values.pop(name, None)
     values["eos_token_id"] = stop_token_ids[0]
@@ -85,7 +85,7 @@ def _generation_values(
 ) -> dict[str, Any]:
     """`base_stops` are the base's where it has no generation_config.json that names them."""
     path = find_file(source, _GENERATION)
-    values: dict[str, Any] = {} if path is None else json.loads(path.read_text())
+    values: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     values.pop("_from_model_config", None)
     own = values.get("eos_token_id", base_stops)
     others = own if isinstance(own, list) else [] if own is None else [own]
@@ -116,4 +116,4 @@ def _copy_processor(folder: Path, source: ModelSource) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -100,7 +100,7 @@ class BaseFiles:
         for single in (_WEIGHTS, _OLD_WEIGHTS):
             index = find_file(self._source, f"{single}.index.json")
             if index is not None:
-                names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
+                names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 return [self._require(name) for name in names]
             if (path := find_file(self._source, single)) is not None:
                 return [path]
@@ -141,7 +141,7 @@ def write_shards(
     if len(shards) > 1:
         total = sum(info.num_bytes for info in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _split(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:

@@ -24,7 +24,7 @@ def read_curve(path: Path, column: str) -> list[Point]:
     if not path.is_file():
         return []
     points: list[Point] = []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             try:
                 point = (float(row["step"]), float(row[column]))

@@ -248,7 +248,7 @@ def adapter_state(model: PeftModel, name: str = "default") -> dict[str, torch.Te
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter as PEFT does: weights and configuration. `state` is what `adapter_state` returned."""
     save_weights(adapter_state(model) if state is None else state, folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(config_text(model))
+    (folder / CONFIG_NAME).write_text(config_text(model), encoding="utf-8")
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:

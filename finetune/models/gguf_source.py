@@ -61,7 +61,9 @@ def _write_converted(path: Path, folder: Path) -> None:
         with new_directory(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            (temporary / "source.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256_file(path)}))
+            (temporary / "source.json").write_text(
+                json.dumps({"gguf": path.name, "sha256": sha256_file(path)}), encoding="utf-8"
+            )
     # safetensors and tokenizers have errors of their own for a write that failed.
     except Exception as error:
         raise FinetuneError(

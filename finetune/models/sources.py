@@ -223,7 +223,7 @@ def _content_hash(path: Path) -> str:
     about = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     kept = cache_dir() / "hashes" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     with suppress(OSError):
-        if len(found := kept.read_text()) == 64:
+        if len(found := kept.read_text(encoding="utf-8")) == 64:
             return found
     digest = sha256_file(path)
     if time.time() - stat.st_ctime > _SETTLED_SECONDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -90,6 +91,8 @@ def _hint(place: Place, value: Any) -> str:
         return ""
     if not value:
         return "it must not be empty"
+    if re.search("[\ud800-\udfff]", value):
+        return "it is not UTF-8; rename the file or folder"
     near = nearest(value, choices) or (_SPOKEN.get(value.lower()) if "boolean" in kinds else None)
     if near:
         return f"did you mean {near}?"

@@ -58,7 +58,7 @@ class Checkpoint:
     @property
     def progress(self) -> dict[str, Any]:
         """Counters as they stood, without loading tensors."""
-        manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         progress: dict[str, Any] = manifest["progress"]
         return progress
 
@@ -80,11 +80,13 @@ def write_checkpoint(
     state = {"step": snapshot.step, "optimizer": snapshot.optimizer, "scaler": snapshot.scaler}
     parts: dict[str, Callable[[Path], Any]] = {
         WEIGHTS_NAME: lambda file: save_weights(snapshot.adapter, file),
-        CONFIG_NAME: lambda file: file.write_text(adapter_config),
+        CONFIG_NAME: lambda file: file.write_text(adapter_config, encoding="utf-8"),
         STATE: lambda file: _save_state(state, file),
-        RECIPE: lambda file: file.write_text(recipe_text),
-        FINGERPRINTS: lambda file: file.write_text(json.dumps(fingerprints, indent=2) + "\n"),
-        MANIFEST: lambda file: file.write_text(_manifest(file.parent, snapshot.step, snapshot.progress)),
+        RECIPE: lambda file: file.write_text(recipe_text, encoding="utf-8"),
+        FINGERPRINTS: lambda file: file.write_text(json.dumps(fingerprints, indent=2) + "\n", encoding="utf-8"),
+        MANIFEST: lambda file: file.write_text(
+            _manifest(file.parent, snapshot.step, snapshot.progress), encoding="utf-8"
+        ),
     }
     try:
         if path.exists():
@@ -132,7 +134,7 @@ def _manifest(folder: Path, step: int, progress: dict[str, Any]) -> str:
 
 def update_progress(checkpoint: Checkpoint, progress: dict[str, Any]) -> None:
     """Replace the counters of a checkpoint on disk, its manifest being whole at any instant."""
-    content = json.loads((checkpoint.path / MANIFEST).read_text())
+    content = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
     write_atomic(checkpoint.path / MANIFEST, manifest_text({**content, "progress": progress}))
 
 
@@ -169,7 +171,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     reason = damage(path) if path.is_dir() else "no such directory"
     if reason is not None:
         raise BadInputError(f"{path} is not a whole checkpoint: {reason}")
-    return Checkpoint(path, json.loads((path / MANIFEST).read_text())["step"])
+    return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"])
 
 
 def restore(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def restore(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Opt
             f"{path}: refused: it holds more than tensors and plain values, and nothing in it is run; "
             "take a checkpoint from where you trust it, or remove this one"
         ) from error
-    before = yaml.safe_load((checkpoint.path / RECIPE).read_text())["training"]["optimizer"]["name"]
+    before = yaml.safe_load((checkpoint.path / RECIPE).read_text(encoding="utf-8"))["training"]["optimizer"]["name"]
     if before == name:
         optimizer.load_state_dict(_with_settings_of(optimizer, state["optimizer"]))
     else:
@@ -219,7 +221,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
 
 def _validation_loss(path: Path) -> float | None:
     try:
-        progress = json.loads((path / MANIFEST).read_text())["progress"]
+        progress = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["progress"]
     except (OSError, ValueError, KeyError):
         return None
     if progress.get("validated_at") != int(path.name.removeprefix("step-")):

@@ -367,8 +367,8 @@ def known_speed(recipe: Recipe) -> float | None:
     machine, wanted = describe_machine(), recipe.model_dump(mode="json")
     for results in sorted(Path(recipe.output_dir).glob("*/results.json"), key=lambda p: -p.stat().st_mtime):
         try:
-            training = json.loads(results.read_text())["training"]
-            found = yaml.safe_load(results.with_name("recipe.yaml").read_text())
+            training = json.loads(results.read_text(encoding="utf-8"))["training"]
+            found = yaml.safe_load(results.with_name("recipe.yaml").read_text(encoding="utf-8"))
             same = all(found[section][key] == wanted[section][key] for section, key in SPEED_KEYS)
             if same and training["machine"] == machine:
                 return float(training["tokens_per_second"])

@@ -49,7 +49,7 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """Write one row; unknown columns are an error of ours."""
-        with naming(self.path), self.path.open("a", newline="") as file:
+        with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
 
 
@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> Iterator[Row]:
     """The rows of a metrics file, numbers parsed; empty cells are None, a half-written last line is left out."""
     if not path.is_file():
         return
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for record in csv.DictReader(file):
             if None in record or None in record.values():
                 continue

@@ -64,9 +64,9 @@ def find_checkpoint(
         if list_checkpoints(run.checkpoints):
             warn(f"{run.checkpoints} holds no whole checkpoint, so training starts anew")
         return None
-    changes = changed_keys((checkpoint.path / RECIPE).read_text(), recipe_text)
+    changes = changed_keys((checkpoint.path / RECIPE).read_text(encoding="utf-8"), recipe_text)
     changes += changed_fingerprints(
-        json.loads((checkpoint.path / FINGERPRINTS).read_text()), fingerprints, "at the checkpoint"
+        json.loads((checkpoint.path / FINGERPRINTS).read_text(encoding="utf-8")), fingerprints, "at the checkpoint"
     )
     by_validation = _chooses_by_validation(yaml.safe_load(recipe_text))
     serious = [change for change in changes if not _is_harmless(change.split(":")[0], by_validation)]
@@ -85,7 +85,7 @@ def recorded_start(run: RunDir) -> str | None:
     """The hash of the adapter that the run's newest checkpoint started from."""
     for path in reversed(list_checkpoints(run.checkpoints)):
         try:
-            found: str | None = json.loads((path / FINGERPRINTS).read_text()).get("start")
+            found: str | None = json.loads((path / FINGERPRINTS).read_text(encoding="utf-8")).get("start")
             return found
         except (OSError, ValueError):
             continue

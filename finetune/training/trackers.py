@@ -231,4 +231,4 @@ def _run_id(run: RunDir) -> str:
     path = run.logs / "tracker_id"
     if not path.is_file():
         write_atomic(path, secrets.token_hex(4))
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()

@@ -298,10 +298,10 @@ def save_final_adapter(job: Job, run: RunDir, module: FinetuneModule) -> None:
     new = run.adapter.with_name(".adapter-new")
     parts: dict[str, Callable[[Path], Any]] = {
         WEIGHTS_NAME: lambda file: save_weights(adapter_state(module.model), file),
-        CONFIG_NAME: lambda file: file.write_text(config_text(module.model)),
+        CONFIG_NAME: lambda file: file.write_text(config_text(module.model), encoding="utf-8"),
         "tokenizer": lambda file: save_tokenizer(job.tokenizer, file.parent),
-        RECIPE: lambda file: file.write_text(dump_recipe(job.recipe)),
-        FINGERPRINTS: lambda file: file.write_text(json.dumps(job.fingerprints, indent=2) + "\n"),
+        RECIPE: lambda file: file.write_text(dump_recipe(job.recipe), encoding="utf-8"),
+        FINGERPRINTS: lambda file: file.write_text(json.dumps(job.fingerprints, indent=2) + "\n", encoding="utf-8"),
     }
     try:
         write_parts(new, parts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from tests.training.test_checkpoint import same_ending
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
 VALIDATION = {
     "adapter": {"dropout": 0.1},
     "training": {"max_steps": 6},
@@ -85,6 +87,29 @@ def test_fm20_a_signal_before_training_exits_75_with_nothing_to_save(
         assert not whole_checkpoints(run)
     server.run("run", str(recipe), "training.max_steps=2")
     assert len(list(read_metrics(run.metrics))) == 2
+
+
+def test_fm20_a_terminal_that_goes_leaves_a_whole_checkpoint(folder: Path) -> None:
+    """SIGHUP comes, and nothing can be written any more."""
+    recipe, run = recipe_of(folder, "terminal", training={"max_steps": 100_000, "global_batch_size": 8})
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "finetune", "run", str(recipe)]
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    said = b""
+    while b"loss" not in said:
+        said += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(60) == EXIT_PREEMPTED
+    assert len(whole_checkpoints(run)) == 1
 
 
 def test_fm20_a_signal_while_data_is_prepared_leaves_the_cache_good(folder: Path, tmp_path: Path) -> None:
