@@ -60,7 +60,7 @@ def test_without_a_terminal_there_is_one_line_on_rank_0_alone() -> None:
     )
 
     def said(rank: str) -> str:
-        environment = {**os.environ, "RANK": rank}
+        environment = {**os.environ, "LOCAL_RANK": rank}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout == ""
         return done.stderr

@@ -396,6 +396,5 @@ def _summarize(run_dir: RunDir) -> None:
 def _other_step(training: dict[str, Any] | None) -> str:
     """Which step the adapter is from, where that is not the last."""
     step = (training or {}).get("adapter_step")
-    if training is None or step in (None, training["steps"]):
-        return ""
-    return f" (of step {step}, where validation loss was lowest)"
+    is_last = training is None or step in (None, training["steps"])
+    return "" if is_last else f" (of step {step}, where validation loss was lowest)"
