@@ -327,7 +327,10 @@ def recognize_format(wanted: str, columns: Mapping[str, str], found: Iterable[st
     shapes = "; ".join(f"{name} ({', '.join(shape.required)})" for name, shape in FORMATS.items())
     advice = "Map yours, e.g. columns: {instruction: question, output: answer}, or let `finetune new` guess."
     if where.startswith("--"):  # an option of `finetune new`, which could not
-        advice = "Rename yours, or write a recipe with columns: {instruction: your_column, output: your_column}."
+        advice = (
+            "Rename yours, or set data.sources[0].columns: {instruction: your_column, output: your_column} "
+            "in a recipe that `finetune recipes copy` gives."
+        )
     raise DataError(f"{where}: no known format has these columns. Columns found: {listed}. Known: {shapes}. {advice}")
 
 

@@ -32,6 +32,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "task",
         "user",
         "human",
+        "q",
     ),
     "output": (
         "output",
@@ -44,6 +45,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "assistant",
         "summary",
         "highlights",
+        "a",
     ),
     "input": ("input", "context", "passage", "background", "document", "article"),
     "system": ("system", "system_prompt", "system_message", "system_instruction"),

@@ -44,6 +44,7 @@ def write(folder: Path, *rows: dict[str, Any]) -> SourceSection:
         ({"prompt": "a", "completion": "b", "system_message": "c"}, "prompt_completion", {"system": "system_message"}),
         ({"question": "a", "answer": "b", "context": ["c"]}, "alpaca", {"instruction": "question", "output": "answer"}),
         ({"article": "a", "highlights": "b"}, "alpaca", {"instruction": "article", "output": "highlights"}),
+        ({"note": "n", "q": "a", "a": "b"}, "alpaca", {"instruction": "q", "output": "a"}),
         ({"source": "x", "text": "a", "summary": "b"}, "alpaca", {"instruction": "text", "output": "summary"}),
         ({"source": "a", "target": "b"}, "alpaca", {"instruction": "source", "output": "target"}),
         ({"input": "a", "output": "b"}, "alpaca", {"instruction": "input"}),
