@@ -49,7 +49,7 @@ def attach_adapter(base: Any, adapter: LoraSection, tokenizer: Any, *, seed: int
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base, config)
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:  # the latter of initial values off weights that experts lack
             raise ModelError(
                 f"adapter: PEFT does not train {base.config.model_type} so: {error}\n"
                 "  Choose other layers by adapter.target_modules or exclude_modules, or leave out what it names."

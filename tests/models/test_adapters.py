@@ -75,7 +75,11 @@ def test_layers_that_peft_passes_by_for_experts_are_told(capsys: Any) -> None:
 
 @pytest.mark.parametrize(
     ("section", "reason"),
-    [({"dropout": 0.1}, "dropout"), ({"target_modules": ["gate_proj"]}, "also targeting up_proj")],
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"target_modules": ["gate_proj"]}, "targeting up_proj"),
+        ({"init": "pissa"}, "no attribute 'weight'"),
+    ],
 )
 def test_what_peft_refuses_is_the_users_to_change(section: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=rf"adapter: PEFT does not train dots1 so: .*{reason}"):
