@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import forkserver
@@ -19,7 +20,7 @@ from finetune.data.dataset import TokenDataset
 from finetune.data.packing import find_prefixes, no_prefixes
 from finetune.data.prepare import PreparedData, prepare_data
 from finetune.data.template import ChatTemplate, load_template
-from finetune.distributed import global_rank
+from finetune.distributed import global_rank, is_rank_zero
 from finetune.errors import FinetuneError, PreemptedError
 from finetune.files import replace_directory
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, adapter_state, config_text, save_weights, token_indices
@@ -32,7 +33,7 @@ from finetune.models.tokenizer_files import save_tokenizer
 from finetune.recipe.load import dump_recipe, read_document
 from finetune.recipe.schema import ModelSection, Recipe
 from finetune.run_dir import RunDir
-from finetune.stop_signals import StopSignals, blocked, leave_to_parent
+from finetune.stop_signals import StopRequested, StopSignals, blocked, leave_to_parent
 from finetune.training.agreement import check_agreement
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
 from finetune.training.best import take_best
@@ -194,7 +195,7 @@ def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, measure: Meas
         module.halving = Halving(steps)
     if recipe.training.auto_micro_batch:
         trainer.callbacks.insert(0, AutoMicroBatch(steps))  # type: ignore[attr-defined]
-    with ending_others(trainer):
+    with ending_others(trainer), _requeueing(state, signals, checkpoint):
         trainer.fit(module, build_loader(steps, recipe, placement))
         if len(steps) == 0:
             _finish_trained(trainer, module, callbacks, meter)
@@ -204,6 +205,18 @@ def train(job: Job, run: RunDir, checkpoint: Checkpoint | None, *, measure: Meas
         leave_together(trainer)
         raise PreemptedError(signals.last_line(f"at step {module.step} of {job.plan.num_steps}"))
     return state
+
+
+@contextmanager
+def _requeueing(state: RunState, signals: StopSignals, checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Where a signal ends the block while the model is loaded or measured, queue the job again if anything is saved."""
+    try:
+        yield
+    except StopRequested:
+        has_saved = checkpoint is not None or state.adapter_step is not None
+        if has_saved and is_rank_zero() and signals.received is not None:
+            requeue(signals.received.name)
+        raise
 
 
 def is_trained(job: Job, checkpoint: Checkpoint) -> bool:

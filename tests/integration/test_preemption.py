@@ -258,6 +258,29 @@ def test_fm20_under_slurm_sigusr1_requeues_the_job(
         assert asked.read_text() == ("requeue 70_3\n" if array else "requeue 77\n")
 
 
+def test_fm20_under_slurm_a_run_that_is_loading_or_measuring_is_requeued_where_anything_is_saved(
+    folder: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    """Its job's time is over all the same; with nothing saved it might never come further."""
+    asked, scontrol = tmp_path / "asked", tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "tune", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    sections = {
+        "training": {"max_steps": 2},
+        "evaluation": {"metrics": ["perplexity"], "before": False},
+        "data": {"validation": {"size": 4}},
+    }
+    recipe, _ = recipe_of(folder, "slurm-phases", **sections)
+    for phase, requeued in (("loading", ""), ("measuring", "requeue 77\n"), ("loading", "requeue 77\nrequeue 77\n")):
+        process = server.start("run", str(recipe), gates={f"{phase}:1": folder / "never"}, **slurm)
+        process.wait_for(phase)
+        process.send(signal.SIGUSR1)
+        assert process.wait() == EXIT_PREEMPTED, process.output
+        assert (asked.read_text() if asked.exists() else "") == requeued, phase
+
+
 def test_fm20_two_processes_stop_at_the_same_step(folder: Path) -> None:
     """A fresh command that starts the second process itself; only the first one gets the signal."""
     recipe, run = recipe_of(folder, "two")
