@@ -35,9 +35,10 @@ class SegmentsFalconAttention(FalconAttention):
             return found
         # Every key head stands behind the query heads that share it, then its values: so in all of Falcon's layouts.
         batch_size, num_tokens, _ = hidden_states.shape
+        # One split, not three slices: a slice's gradient is a tensor of zeros of the whole's size.
         fused = self.query_key_value(hidden_states).view(batch_size, num_tokens, self.num_kv_heads, -1, self.head_dim)
-        parts = fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
-        query, key, value = (part.transpose(1, 2) for part in parts)
+        parts = fused.split((fused.shape[3] - 2, 1, 1), dim=3)
+        query, key, value = (part.flatten(2, 3).transpose(1, 2) for part in parts)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         out, _ = ALL_ATTENTION_FUNCTIONS[SEGMENTS](self, query, key, value, attention_mask)
         return self.dense(out.flatten(2)), None

@@ -25,7 +25,7 @@ from finetune.errors import FinetuneError, ModelError, first_line
 from finetune.kernels import native, products
 from finetune.kernels.attention import packed_row
 from finetune.kernels.layout import RowLayout
-from finetune.kernels.lora import FourBit
+from finetune.kernels.lora import FourBit, unchanged_adapters
 from finetune.kernels.traced import traced
 from finetune.models.fused import fuse, is_frozen_forward, run_natively
 from finetune.models.heads import checkpoint_layers, supervised_loss
@@ -201,7 +201,7 @@ def _run(base: Any, step: ForwardPass, autocast: AbstractContextManager[Any], on
     positions = torch.zeros(step.supervised, dtype=torch.int64)
     grads = [p.grad for p in base.parameters() if p.grad is not None]
     live = _LiveBytes(iter([*base.parameters(), *base.buffers(), *grads]), on_cpu)
-    with live, autocast, packed_row(step.layout):
+    with live, autocast, packed_row(step.layout), unchanged_adapters():
         hidden = hidden_states(base, input_ids, position_ids, step.layout)
         kept, passing, forward_peak = live.live, live.passed, live.take_peak()
         loss = supervised_loss(base, hidden, positions, targets=positions)

@@ -18,6 +18,7 @@ from finetune.errors import FinetuneError
 from finetune.inference.mode import inference_mode
 from finetune.kernels import native
 from finetune.kernels.attention import packed_row
+from finetune.kernels.lora import unchanged_adapters
 from finetune.kernels.offload import offloaded
 from finetune.machine import is_out_of_memory, naming_out_of_memory, release_freed_memory
 from finetune.models.adapters import attach_adapter, load_adapter, trainable_parameters
@@ -211,7 +212,8 @@ class FinetuneModule(L.LightningModule):
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = lr
         self.gradients.attach()
-        batch, micro_losses = self._forward_backward(batch if self.halving is None else self.halving.split(batch))
+        with unchanged_adapters():
+            batch, micro_losses = self._forward_backward(batch if self.halving is None else self.halving.split(batch))
         total = torch.stack(micro_losses).sum()
         if self.placement.world_size > 1:
             dist.all_reduce(total)

@@ -20,6 +20,7 @@ from finetune.commands.run import _Measure
 from finetune.kernels import offload
 from finetune.kernels.attention import packed_row, segment_attention
 from finetune.kernels.layout import Group, dense_mask
+from finetune.kernels.pointwise import rms_norm, rotate, takes_rotation
 from finetune.kernels.varlen import takes, varlen_attention
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.training.metrics import read_metrics
@@ -160,6 +161,29 @@ def test_the_flash_kernel_gives_what_the_dense_mask_gives(layout: Any, heads: in
     got_grads = torch.autograd.grad(got, inputs, grad)
     for ours, theirs in zip(got_grads, torch.autograd.grad(want, exact, grad.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=4e-2, atol=4e-2 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_rotation_and_norm_of_a_gpu_equal_their_definitions(size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 300, 7, size, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+    cos, sin = torch.randn(2, 1, 300, size, device="cuda").bfloat16()
+    assert takes_rotation(x, cos, sin)
+    exact = x.detach().double().requires_grad_()
+    halves = torch.cat((-exact[..., size // 2 :], exact[..., : size // 2]), -1)
+    hidden = torch.randn(300, 7 * size, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight, hidden_64 = torch.randn(7 * size, device="cuda").bfloat16(), hidden.detach().double().requires_grad_()
+    normal = hidden_64 * torch.rsqrt(hidden_64.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    pairs = [
+        (rotate(x, cos, sin), x, exact * cos.double() + halves * sin.double(), exact),
+        (rms_norm(hidden, weight, 1e-5), hidden, normal, hidden_64),
+    ]
+    for got, ours, want, theirs in pairs:
+        grad = torch.randn_like(got)
+        got_grad = torch.autograd.grad(got, ours, grad)[0]
+        want_grad = torch.autograd.grad(want, theirs, grad.double())[0]
+        for left, right in ((got, want), (got_grad, want_grad)):
+            assert (left.double() - right).norm() < 1e-2 * right.norm()
 
 
 def test_fp32_rows_never_write_all_scores_out() -> None:

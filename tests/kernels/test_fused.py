@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.kernels.lora import Projection, lora_linears
-from finetune.kernels.pointwise import rms_norm, silu_mul
+from finetune.kernels import lora
+from finetune.kernels.lora import Projection, lora_linears, unchanged_adapters
+from finetune.kernels.pointwise import rms_norm, rotate, silu_mul, takes_rotation
+from finetune.kernels.traced import traced
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
@@ -57,6 +62,69 @@ def test_an_output_may_be_added_to_in_place(biased: bool) -> None:
     out += x.sum()
     got = torch.autograd.grad(out.sum(), (x, a, b))
     assert torch.allclose(got[0], want[0] + out.numel()) and all(map(torch.equal, got[1:], want[1:]))
+
+
+class CountingCasts(TorchDispatchMode):
+    """Counts copies into another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_adapter_is_cast_once_while_it_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "native_linears", lambda *_: None)
+    x = torch.randn(5, 16).bfloat16().requires_grad_()
+    weights = [torch.randn(8, 16).bfloat16() for _ in range(3)]
+    a, b = [torch.randn(4, 16, requires_grad=True)] * 2, [torch.randn(8, 4, requires_grad=True) for _ in range(2)]
+
+    def passes() -> tuple[torch.Tensor, ...]:
+        # The last has no adapter: its empty matrices are others in every call.
+        pairs = [*zip(a, b, strict=True), (torch.empty(0, 16), torch.empty(8, 0))]
+        layers = [Projection(lambda _, w=w: w, None, *pair, 0.5) for w, pair in zip(weights, pairs, strict=True)]
+        for _ in range(2):
+            outputs = lora_linears(x, layers)
+            grads = torch.autograd.grad(outputs, (x, *a, *b), [torch.ones_like(out) for out in outputs])
+        return (*outputs, *grads)
+
+    want = passes()
+    with unchanged_adapters(), CountingCasts() as casts:
+        got = passes()
+        before = casts.count
+        with unchanged_adapters():
+            passes()
+    gradients = 2 * (1 + len(weights))  # A's, stacked, and each B's: back to fp32
+    assert casts.count - before == gradients < before
+    assert all(map(torch.equal, got, want))
+    with torch.no_grad():
+        b[0] += 1
+    with unchanged_adapters():
+        assert not torch.equal(passes()[0], want[0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("positions", [1, 2])
+def test_rotation_equals_its_definition(dtype: torch.dtype, positions: int) -> None:
+    """As a GPU computes it, for heads that lie apart in memory as those of a projection."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 9, generator=generator).to(dtype)[..., :8].transpose(1, 2).requires_grad_()
+    cos, sin = torch.randn(2, positions, 5, 8, generator=generator).to(dtype)
+    assert not takes_rotation(x, cos, sin)
+    with traced("cuda"):
+        assert takes_rotation(x, cos, sin) and not takes_rotation(x, cos.double(), sin.double())
+        assert not takes_rotation(x, cos[..., :4], sin[..., :4])
+    out = rotate(x, cos, sin)
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    halves = torch.cat((-exact[..., 4:], exact[..., :4]), -1)
+    want = exact * cos.double().unsqueeze(1) + halves * sin.double().unsqueeze(1)
+    assert close(out, want, dtype) and out.transpose(1, 2).is_contiguous()
+    got = torch.autograd.grad(out, x, grad)[0]
+    assert close(got, torch.autograd.grad(want, exact, grad.double())[0], dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

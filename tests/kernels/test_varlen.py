@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -11,9 +10,15 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.kernels import varlen
 from finetune.kernels.layout import Group, dense_mask
-from finetune.kernels.varlen import row_sequences, takes, varlen_attention
+from finetune.kernels.varlen import (
+    FLASH,
+    Kernel,
+    Sequences,
+    row_sequences,
+    takes,
+    varlen_attention,
+)
 
 ROWS = {
     "one": (Group(0, (9,)),),
@@ -24,42 +29,45 @@ ROWS = {
 }
 
 
-def definition(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """torch's `varlen_attn` as its documentation and flash attention's say: causal, aligned to the end of both."""
-    assert window_size == (-1, 0)
-    assert max_q == int(starts_q.diff().max()) and max_k == int(starts_k.diff().max())
-    assert starts_q.dtype == starts_k.dtype == torch.int32
+def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Sequences, scale: float) -> torch.Tensor:
+    """Causal attention of each sequence, aligned to the end of queries and keys, as flash attention's documentation."""
+    assert rows.max_q == int(rows.starts_q.diff().max()) and rows.max_k == int(rows.starts_k.diff().max())
+    assert rows.starts_q.dtype == rows.starts_k.dtype == torch.int32
     parts = []
-    for index in range(len(starts_q) - 1):
-        own = slice(int(starts_q[index]), int(starts_q[index + 1]))
-        seen = slice(int(starts_k[index]), int(starts_k[index + 1]))
-        rows, columns = own.stop - own.start, seen.stop - seen.start
-        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+    for index in range(len(rows.starts_q) - 1):
+        own = slice(int(rows.starts_q[index]), int(rows.starts_q[index + 1]))
+        seen = slice(int(rows.starts_k[index]), int(rows.starts_k[index + 1]))
+        num_rows, columns = own.stop - own.start, seen.stop - seen.start
+        mask = torch.ones(num_rows, columns, dtype=torch.bool).tril(columns - num_rows)
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (q[own], k[seen], v[seen]))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
 
-def told_of_groups(q, k, *others, enable_gqa=False, **settings) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """The same as torch 2.13 has it, which refuses fewer key heads where nothing says so."""
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    return definition(q, k, *others, **settings)
+def forward(q, k, v, rows, scale) -> Any:  # type: ignore[no-untyped-def]
+    return definition(q, k, v, rows, scale), (q[0, 0], k[0, 0], v[0, 0])
+
+
+def backward(grad, q, k, v, out, needed, rows, scale) -> Any:  # type: ignore[no-untyped-def]
+    assert len(needed) == 3 and out.shape == grad.shape == q.shape
+    inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    with torch.enable_grad():
+        return torch.autograd.grad(definition(*inputs, rows, scale), inputs, grad)
+
+
+DEFINITION = Kernel(forward, backward)
 
 
 @pytest.mark.parametrize("layout", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize(("kernel", "grouped"), [(definition, {}), (told_of_groups, {"enable_gqa": True})])
-def test_sequences_are_the_dense_mask(
-    layout: tuple[Group, ...], padding: int, kernel: Any, grouped: dict[str, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(varlen, "GROUPED", grouped)
+def test_sequences_are_the_dense_mask(layout: tuple[Group, ...], padding: int) -> None:
     torch.manual_seed(0)
     num_tokens = sum(group.num_tokens for group in layout) + padding
     query = torch.randn(1, 4, num_tokens, 8, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(1, 2, num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     grad = torch.randn(1, 4, num_tokens, 8, dtype=torch.float64)
-    got = varlen_attention(query, key, value, layout, 0.3, kernel)
+    got = varlen_attention(query, key, value, layout, 0.3, DEFINITION)
     mask = dense_mask(layout, num_tokens)
     want = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, want)
@@ -84,8 +92,8 @@ def test_what_samples_give_to_their_prefix_is_summed_in_fp32() -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(1, 1, 15, 8).bfloat16().requires_grad_() for _ in range(3)]
     with Watching():
-        varlen_attention(*inputs, ROWS["prefix"], None, definition).sum().backward()
-    assert summed == [torch.float32] * 2
+        varlen_attention(*inputs, ROWS["prefix"], 0.3, DEFINITION).sum().backward()
+    assert summed == [torch.float32]
     assert all(tensor.grad.dtype == torch.bfloat16 for tensor in inputs)
 
 
@@ -118,12 +126,15 @@ def test_a_gpu_gets_the_sequences_from_pinned_memory(monkeypatch: pytest.MonkeyP
 
 
 def test_torch_has_the_kernel_and_its_arguments() -> None:
-    from torch.nn.attention.varlen import varlen_attn
-
-    names: dict[str, Any] = dict(inspect.signature(varlen_attn).parameters)
-    assert list(names)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert {"scale", "window_size", *varlen.GROUPED} <= set(names)
-    assert set(varlen.GROUPED) == {"enable_gqa"} & set(names)
+    """On tensors that stand for a GPU's: shapes and arguments are those of torch's operators."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(15, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+        starts = torch.empty(3, dtype=torch.int32, device="cuda")
+        rows = Sequences(starts, starts, None, 6, 11)
+        out, needed = FLASH.forward(q, k, v, rows, 0.3)
+        grads = FLASH.backward(out, q, k, v, out, needed, rows, 0.3)
+    assert [tensor.shape for tensor in (out, *grads)] == [tensor.shape for tensor in (q, q, k, v)]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in (out, *grads))
 
 
 def test_a_cpu_keeps_its_own_kernel() -> None:
