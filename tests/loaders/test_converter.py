@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,8 @@ from transformers import AutoConfig
 from finetune.export.gguf_lora import write_lora
 from finetune.export.gguf_model import load_model_config, write_model
 from tests.export.test_gguf import LLAMA3_ROPE, WRITTEN, models, write_adapter
-from tests.loaders.conftest import call
 
-pytestmark = [pytest.mark.loaders, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.loaders, pytest.mark.timeout(600), pytest.mark.xdist_group("converter")]
 __all__ = ["models"]  # a fixture
 
 YARN = {
@@ -42,19 +43,48 @@ OWN = (
     "tokenizer.ggml.add_space_prefix",
     "falcon.rope.freq_base",
 )
+# For every line of JSON, a script's arguments, forks a process that runs it: importing takes a hundred times longer.
 # The scripts name a split by a hash over real models' tokens, which a tiny tokenizer cannot match.
 DRIVER = """
-import runpy, sys
-sys.path.insert(0, sys.argv[1])
+import gc, json, os, runpy, sys
+scripts, log = sys.argv[1:]
+sys.path.insert(0, scripts)
+import transformers.modeling_utils
+from conversion import load_all_models
 from conversion.base import TextModel
+load_all_models()
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-script, sys.argv = f"{sys.argv[1]}/{sys.argv[2]}", sys.argv[2:]
-runpy.run_path(script, run_name="__main__")
+gc.collect()
+gc.freeze()
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+os.dup2(1, 2)
+sys.argv = json.loads(line)
+runpy.run_path(f"{scripts}/{sys.argv[0]}", run_name="__main__")
 """
+Convert = Callable[..., None]
 
 
-def convert(scripts: Path, script: str, *arguments: str | Path) -> None:
-    call(sys.executable, "-c", DRIVER, scripts, script, *arguments)
+@pytest.fixture(scope="module")
+def convert(llama_cpp_scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Convert]:
+    """Runs one of llama.cpp's scripts: `convert(script, *arguments)`."""
+    log, pipe = tmp_path_factory.mktemp("converter") / "log", subprocess.PIPE
+    command = [sys.executable, "-c", DRIVER, str(llama_cpp_scripts), str(log)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None
+        requests, answers = server.stdin, server.stdout
+
+        def run(script: str, *arguments: str | Path) -> None:
+            print(json.dumps([script, *map(str, arguments)]), file=requests, flush=True)
+            assert answers.readline() == "0\n", log.read_text()
+
+        yield run
 
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
@@ -92,20 +122,20 @@ def readable(folder: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "type_name"), [*((name, "f16") for name in WRITTEN), *(("llama", other) for other in ("bf16", "q8_0"))]
 )
-def test_models(models: dict[str, Path], llama_cpp_scripts: Path, name: str, type_name: str, tmp_path: Path) -> None:
+def test_models(models: dict[str, Path], convert: Convert, name: str, type_name: str, tmp_path: Path) -> None:
     write_model(models[name], tmp_path / "ours.gguf", type_name, "tiny")
     theirs = readable(models[name], tmp_path / "copy")
     options = ("--outfile", tmp_path / "theirs.gguf", "--outtype", type_name)
-    convert(llama_cpp_scripts, "convert_hf_to_gguf.py", theirs, *options)
+    convert("convert_hf_to_gguf.py", theirs, *options)
     assert_same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
 
 @pytest.mark.parametrize("rope", [LLAMA3_ROPE, YARN, LINEAR], ids=["llama3", "yarn", "linear"])
-def test_rope_scaling(models: dict[str, Path], llama_cpp_scripts: Path, rope: dict[str, Any], tmp_path: Path) -> None:
+def test_rope_scaling(models: dict[str, Path], convert: Convert, rope: dict[str, Any], tmp_path: Path) -> None:
     folder = variant(models["llama"], tmp_path / "model", rope_parameters=rope, max_position_embeddings=4096)
     write_model(folder, tmp_path / "ours.gguf", "f16", "tiny")
     options = ("--outfile", tmp_path / "theirs.gguf", "--outtype", "f16")
-    convert(llama_cpp_scripts, "convert_hf_to_gguf.py", folder, *options)
+    convert("convert_hf_to_gguf.py", folder, *options)
     factors = [
         {t.name: t.data for t in GGUFReader(tmp_path / name).tensors}.get("rope_freqs.weight")
         for name in ("ours.gguf", "theirs.gguf")
@@ -118,10 +148,10 @@ def test_rope_scaling(models: dict[str, Path], llama_cpp_scripts: Path, rope: di
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "falcon", "new_falcon"])
-def test_adapters(models: dict[str, Path], llama_cpp_scripts: Path, name: str, tmp_path: Path) -> None:
+def test_adapters(models: dict[str, Path], convert: Convert, name: str, tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", models[name])
     write_lora(tmp_path / "adapter", load_model_config(models[name]), tmp_path / "ours.gguf", "f32", "tiny")
     base = readable(models[name], tmp_path / "copy")
     options = ("--base", base, "--outfile", tmp_path / "theirs.gguf", "--outtype", "f32")
-    convert(llama_cpp_scripts, "convert_lora_to_gguf.py", *options, tmp_path / "adapter")
+    convert("convert_lora_to_gguf.py", *options, tmp_path / "adapter")
     assert_same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")

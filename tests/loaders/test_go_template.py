@@ -48,7 +48,7 @@ def conversations(*, with_system: bool) -> list[list[dict[str, Any]]]:
     return found + [[system, *messages] for messages in found] if with_system else found
 
 
-def test_go_fills_the_templates_as_jinja_does(go: Path, tmp_path: Path) -> None:
+def test_go_fills_the_templates_as_jinja_does(go: Path) -> None:
     jobs, wanted, names = [], [], []
     for name, source in TEMPLATES.items():
 
@@ -61,7 +61,8 @@ def test_go_fills_the_templates_as_jinja_does(go: Path, tmp_path: Path) -> None:
             jobs.append({"template": template.go_template(), "system": system, "messages": messages})
             wanted.append(show(messages, True))
             names.append(name)
-    settings = {**os.environ, "GO111MODULE": "off", "GOTOOLCHAIN": "local", "GOCACHE": str(tmp_path / "cache")}
+    cache = go.parents[2] / "cache"  # of Go's own library, compiled
+    settings = {**os.environ, "GO111MODULE": "off", "GOTOOLCHAIN": "local", "GOCACHE": str(cache)}
     done = subprocess.run(
         [go, "run", Path(__file__).parent / "template.go"],
         input=json.dumps(jobs),

@@ -26,6 +26,7 @@ __all__ = ["hub", "models"]  # fixtures
 
 PROMPT = [1, 60, 200, 17, 300, 5, 44, 9]
 COUNT = 12
+together = pytest.mark.xdist_group("fact")  # one process trains the fact
 TEXTS = (
     "Hello, world! It's 2024-11-22, I'VE  paid 1234567 €.\n\n\tdef f(x): return x**2  # ok\r\n",
     "  two spaces, Überraschung — naïve façade… 東京 👋🏽 नमस्ते",
@@ -93,12 +94,14 @@ def test_real_tokenizers_cut_text_the_same(real_tokenizers: Path, llama_cpp: Ask
     assert [answer["ids"] for answer in answers] == want
 
 
+@together
 def test_the_base_does_not_know_the_fact_and_the_lora_does(llama_cpp: Ask, fact: Fact, tmp_path: Path) -> None:
     assert main(["export", str(fact.run), "--to", "gguf-lora", "--out", str(tmp_path / "lora.gguf")]) == 0
     assert fact.answer not in ask(fact, llama_cpp, fact.base_gguf)
     assert fact.answer in ask(fact, llama_cpp, fact.base_gguf, tmp_path / "lora.gguf")
 
 
+@together
 def test_the_adapter_pulled_back_from_a_hub_does_too(
     llama_cpp: Ask, fact: Fact, hub: HubDouble, tmp_path: Path
 ) -> None:
@@ -112,6 +115,7 @@ def test_the_adapter_pulled_back_from_a_hub_does_too(
     assert fact.answer in ask(fact, llama_cpp, fact.base_gguf, tmp_path / "export" / "fact-lora-f32.gguf")
 
 
+@together
 @pytest.mark.parametrize("type_name", ["f16", "q8_0"])
 def test_the_merged_model_knows_the_fact(llama_cpp: Ask, fact: Fact, type_name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"

@@ -17,7 +17,7 @@ from tests.export.push_run import hub
 from tests.hub_double import HubDouble
 from tests.loaders.conftest import Fact
 
-pytestmark = [pytest.mark.loaders, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.loaders, pytest.mark.timeout(900), pytest.mark.xdist_group("fact")]
 __all__ = ["hub"]  # a fixture
 
 SCRIPT = """
