@@ -15,6 +15,7 @@ import pytest
 
 from finetune.run_dir import RunDir
 from finetune.training.metrics import read_metrics
+from tests.fork_server import ForkServer
 from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -111,10 +112,9 @@ def test_fm29_slurm_ranks_wait_for_rank_zero_which_alone_prepares_and_prints(rec
     assert outputs[1] == ("", "")
 
 
-def test_slurm_on_two_nodes_computes_what_one_process_does(recipe: Path) -> None:
+def test_slurm_on_two_nodes_computes_what_one_process_does(recipe: Path, server: ForkServer) -> None:
     """--ntasks=4 without --ntasks-per-node: srun does not set SLURM_NTASKS_PER_NODE then."""
-    (alone,) = start(recipe, 1, 1, "name=alone")
-    alone.communicate(timeout=200)
+    server.run("run", str(recipe), "name=alone")
     processes = start(recipe, 2, 2, "name=four", "distributed.strategy=fsdp")
     outputs = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, outputs
