@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,22 +156,37 @@ Ask = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def llama_cpp(node_llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Ask:
+def llama_cpp(node_llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """Runs llama.cpp: `llama_cpp(model, jobs, lora=None)`, a job being {text} to tokenize or {ids, count} to go on.
 
-    Answers are {ids}, greedy and up to the end of the turn.
+    Answers are {ids}, greedy and up to the end of the turn. One process answers all, or a new one after an error.
     """
     folder = tmp_path_factory.mktemp("llama-cpp")
     (folder / "node_modules").symlink_to(node_llama_cpp / "node_modules")  # where node looks: beside the script
-    script = shutil.copy(Path(__file__).parent / "ask.mjs", folder)
+    command = ["node", shutil.copy(Path(__file__).parent / "ask.mjs", folder)]
+    log, pipe = folder / "log", subprocess.PIPE
+    servers: list[subprocess.Popen[str]] = []
 
     def ask(model: Path, jobs: list[dict[str, Any]], lora: Path | None = None) -> list[dict[str, Any]]:
+        if not servers or servers[-1].poll() is not None:
+            with log.open("w") as errors:
+                servers.append(
+                    subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8")
+                )
+        requests, lines = servers[-1].stdin, servers[-1].stdout
+        assert requests is not None and lines is not None
         request = {"model": str(model), "lora": None if lora is None else str(lora), "jobs": jobs}
-        out = call("node", script, json.dumps(request))
-        answers: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
+        print(json.dumps(request), file=requests, flush=True)
+        answer = next((line for line in lines if line.startswith("ANSWERS ")), None)
+        if answer is None:
+            servers[-1].wait()
+            raise OSError(log.read_text(encoding="utf-8")[-2000:])
+        answers: list[dict[str, Any]] = json.loads(answer.removeprefix("ANSWERS "))
         return answers
 
-    return ask
+    yield ask
+    for server in servers:
+        server.communicate(timeout=60)
 
 
 @dataclass(frozen=True)
