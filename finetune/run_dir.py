@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from finetune.errors import BadInputError
 
 # In a merged model's directory: what was merged and measured; and, where its check failed, why it must not be used.
 MERGE_RECORD = "merge.json"
@@ -75,3 +79,20 @@ class RunDir:
     def logs(self) -> Path:
         """What trackers keep on disk."""
         return self.root / "logs"
+
+
+def read_results(run: RunDir) -> dict[str, Any]:
+    """What a run's results.json holds; nothing where there is none.
+
+    Raises:
+        BadInputError: it is damaged.
+    """
+    if not run.results.exists():
+        return {}
+    try:
+        results = json.loads(run.results.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        results = None
+    if not isinstance(results, dict):
+        raise BadInputError(f"{run.results}: is damaged; put it aside, then run the same command again")
+    return results

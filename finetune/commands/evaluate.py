@@ -17,7 +17,7 @@ from finetune.arguments import positive
 from finetune.console import progress_bar, say, stdout, warn
 from finetune.errors import EXIT_OK, BadInputError, DataError
 from finetune.files import write_atomic
-from finetune.run_dir import UNUSABLE, RunDir
+from finetune.run_dir import UNUSABLE, RunDir, read_results
 
 if TYPE_CHECKING:
     from finetune.data.dataset import TokenDataset
@@ -226,13 +226,14 @@ class _LmEval:
 
 
 def _append(run: RunDir, record: dict[str, Any]) -> None:
-    path = run.results
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    results.setdefault("evaluations", []).append(record)
     try:
-        write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        results = read_results(run)
+        results.setdefault("evaluations", []).append(record)
+        write_atomic(run.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        warn(f"these figures are not kept: cannot write {path}: {error.strerror}")
+        warn(f"these figures are not kept: cannot write {run.results}: {error.strerror}")
+    except BadInputError as error:
+        warn(f"these figures are not kept: {error}")
 
 
 def _print(results: dict[str, Metrics]) -> None:

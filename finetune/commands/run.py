@@ -25,7 +25,7 @@ from finetune.machine import (
 )
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.shipped import find_recipe
-from finetune.run_dir import RunDir
+from finetune.run_dir import RunDir, read_results
 from finetune.stop_signals import StopRequested, StopSignals
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ class _Measure:
 def _record(
     run_dir: RunDir, when: str, metrics: dict[str, float], result: TaskResult | None, num_trained: int | None
 ) -> None:
-    results = _read_results(run_dir)
+    results = read_results(run_dir)
     results[when] = {"metrics": metrics, "samples": [vars(sample) for sample in result.samples] if result else []}
     if result is not None:
         results[when] |= {"num_rows": result.num_rows, "num_cut": result.num_cut}
@@ -316,7 +316,7 @@ def _is_finished(job: Job, run_dir: RunDir, checkpoint: Checkpoint | None) -> bo
     from finetune.training.train import is_trained
     from finetune.training.turns import of_rank_zero
 
-    training, ending = _read_results(run_dir).get("training"), _ending(job.recipe)
+    training, ending = read_results(run_dir).get("training"), _ending(job.recipe)
     is_measured = run_dir.adapter.is_dir() and training is not None and training.get("ends_with", ending) == ending
     finished = is_measured and checkpoint is not None and is_trained(job, checkpoint)
     return bool(of_rank_zero("finished", finished, until_heard=True))
@@ -327,7 +327,7 @@ def _ending(recipe: Recipe) -> str:
 
 
 def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
-    results = _read_results(run_dir)
+    results = read_results(run_dir)
     results["training"] = {
         "steps": state.step,
         "planned_steps": job.plan.num_steps,
@@ -349,17 +349,10 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
 
 def _forget_training(run_dir: RunDir) -> None:
     """Take out what an earlier, shorter run of this directory measured: it is being trained further."""
-    results = _read_results(run_dir)
+    results = read_results(run_dir)
     kept = {key: value for key, value in results.items() if key not in ("after", "training")}
     if kept != results:
         _write_results(run_dir, kept)
-
-
-def _read_results(run_dir: RunDir) -> dict[str, Any]:
-    if not run_dir.results.is_file():
-        return {}
-    results: dict[str, Any] = json.loads(run_dir.results.read_text(encoding="utf-8"))
-    return results
 
 
 def _write_results(run_dir: RunDir, results: dict[str, Any]) -> None:
@@ -370,7 +363,7 @@ def _summarize(run_dir: RunDir) -> None:
     from finetune.evaluation.tables import comparison_table, samples_table
     from finetune.evaluation.task import Sample
 
-    results = _read_results(run_dir)
+    results = read_results(run_dir)
     before, after = results.get("before"), results.get("after")
     if after is not None:
         old = [Sample(**sample) for sample in before["samples"]] if before else None

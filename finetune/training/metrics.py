@@ -57,8 +57,10 @@ def read_metrics(path: Path) -> Iterator[Row]:
     """The rows of a metrics file, numbers parsed; empty cells are None, a half-written last line is left out."""
     if not path.is_file():
         return
-    with path.open(newline="", encoding="utf-8") as file:
-        for record in csv.DictReader(file):
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        # A machine that loses its power may leave NULs where a row was to be.
+        records = csv.DictReader(line.replace("\0", "") for line in file)
+        for record in records if "step" in (records.fieldnames or ()) else ():
             if None in record or None in record.values():
                 continue
             try:

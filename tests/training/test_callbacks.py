@@ -13,7 +13,7 @@ from finetune.recipe.schema import Recipe
 from finetune.run_dir import RunDir
 from finetune.training import callbacks
 from finetune.training.callbacks import Meter
-from finetune.training.metrics import read_metrics
+from finetune.training.metrics import COLUMNS, MetricsFile, read_metrics
 from finetune.training.state import RunState
 from finetune.training.steps import StepPlan
 from tests.tiny import tiny_recipe
@@ -73,3 +73,14 @@ def test_a_line_has_loss_rate_speed_memory_and_the_time_left(
     assert said == expected
     last = list(read_metrics(run.metrics))[-1]
     assert (last["step"], last["tokens"], last["seconds"]) == (4, sum(TOKENS), sum(SECONDS))
+
+
+def test_metrics_of_a_machine_that_lost_its_power_are_read(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file.start(0)
+    file.append({**dict.fromkeys(COLUMNS), "step": 1, "loss": 2.5})
+    with file.path.open("ab") as stream:
+        stream.write(b"\0" * 600 + b"\xff\n")
+    assert [(row["step"], row["loss"]) for row in read_metrics(file.path)] == [(1, 2.5)]
+    file.path.write_bytes(b"\xff\0\n1,2\n")
+    assert list(read_metrics(file.path)) == []

@@ -249,6 +249,17 @@ def test_a_finished_run_is_left_alone(run_tiny: RunTiny, capsys: pytest.CaptureF
     assert (run.adapter / WEIGHTS_NAME).stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]"])
+def test_a_damaged_record_is_named_and_left_as_it_is(
+    content: bytes, run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_tiny()
+    run.results.write_bytes(content)
+    run_tiny(expect=2)
+    assert "results.json: is damaged; put it aside" in capsys.readouterr().err
+    assert run.results.read_bytes() == content
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp4", "int8"])
 def test_every_precision_and_quantization_trains(
