@@ -104,18 +104,24 @@ class ForkedRun:
 
     @property
     def output(self) -> str:
-        """What the run has written to stdout and stderr."""
+        """What the run has written to stdout and stderr; to stderr alone, where stdout is kept apart."""
         return self._log.read_text()
+
+    @property
+    def stdout(self) -> str:
+        """What a run that keeps it apart has written to stdout."""
+        return self._log.with_suffix(".out").read_text()
 
 
 class ForkServer:
-    """Starts runs, one at a time."""
+    """Starts runs, one at a time; `environment` is what it imports the libraries under, instead of this process's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
         self._folder, self._count = folder, 0
         self._last: ForkedRun | None = None
         root = str(Path(__file__).resolve().parents[1])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **own} if environment is None else {**environment, **own}
         command = [sys.executable, "-m", "tests.fork_server"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, cwd=root)
@@ -126,13 +132,16 @@ class ForkServer:
         gates: dict[str, Path] | None = None,
         headroom_bytes: int | None = None,
         ranks: int = 1,
+        cwd: Path | None = None,
+        stdin: str = "",
+        apart: bool = False,
         **environment: str,
     ) -> ForkedRun:
         """Run the command. `gates` holds the run up at "phase:n-th time" until the file exists.
 
         `headroom_bytes` is the address space that a forward and backward pass may take besides what is there before.
-        With several `ranks`, the run's process starts that many with torchrun's variables, and waits for them; "{rank}"
-        in the `environment` is each one's own.
+        `apart` keeps stdout from stderr. With several `ranks`, the run's process starts that many with torchrun's
+        variables, and waits for them; "{rank}" in the `environment` is each one's own.
         """
         if self._last is not None and not self._last.has_been_waited_for:
             self._last.send(signal.SIGKILL, to_group=True)  # of a test that failed
@@ -140,6 +149,7 @@ class ForkServer:
         self._count += 1
         log, marks = self._folder / f"{self._count}.log", self._folder / f"{self._count}.marks"
         mapped = Marks(marks)
+        log.with_suffix(".in").write_text(stdin)
         job = {
             "argv": argv,
             "log": str(log),
@@ -148,6 +158,8 @@ class ForkServer:
             "environment": environment,
             "headroom": headroom_bytes,
             "ranks": ranks,
+            "cwd": None if cwd is None else str(cwd),
+            "apart": apart,
         }
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -194,10 +206,13 @@ def serve() -> None:
 
 def _child(job: dict[str, Any]) -> None:
     os.setpgid(0, 0)
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    paths = {suffix: Path(job["log"]).with_suffix(suffix) for suffix in (".log", ".out", ".in")}
+    for descriptor, suffix in ((1, ".out" if job["apart"] else ".log"), (2, ".log")):
+        os.dup2(os.open(paths[suffix], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.dup2(os.open(paths[".in"], os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, encoding="utf-8")  # the server's own has been read from
+    if job["cwd"] is not None:
+        os.chdir(job["cwd"])
     os.environ.update(job["environment"])
     if job["ranks"] > 1:
         _become_ranks(job["ranks"], job["environment"])

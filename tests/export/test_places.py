@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from gguf import GGUFReader
@@ -17,6 +16,7 @@ from finetune.errors import ModelError
 from finetune.export.hub_publish import push_run
 from finetune.export.places import find_place
 from tests.export.push_run import TOKEN, hub
+from tests.fork_server import ForkServer
 from tests.hub_double import HubDouble
 from tests.tiny import chat_rows, tiny_recipe, write_jsonl, write_model, write_recipe
 
@@ -119,19 +119,17 @@ def test_a_stale_merged_model_is_pointed_out(run: Path, hub: HubDouble, capsys: 
         assert "was merged from another adapter than" in " ".join(capsys.readouterr().err.split())
 
 
-def finetune(environment: dict[str, str], folder: Path, *arguments: str, stdin: str = "") -> Any:
-    """The command in a process of its own, in a working directory of its own."""
-    root = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [sys.executable, "-m", "finetune", *arguments],
-        env={**environment, "PYTHONPATH": root}, cwd=folder, input=stdin, capture_output=True, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
+@pytest.fixture
+def server(hub: HubDouble, tmp_path: Path) -> Iterator[ForkServer]:
+    """Runs of the command that take the double for the Hub, `home` for a user's home."""
+    server = ForkServer(tmp_path, hub.environment(TOKEN, tmp_path / "home"))
+    yield server
+    server.close()
 
 
 @pytest.mark.slow
-def test_every_verb_takes_a_repository_in_a_fresh_process(
-    trained: Path, tmp_path: Path, hub: HubDouble, capsys: Capture
+def test_every_verb_takes_a_repository_in_a_process_of_its_own(
+    trained: Path, tmp_path: Path, hub: HubDouble, server: ForkServer, capsys: Capture
 ) -> None:
     """Pulled by hf://ORG/NAME: the answers of the run, a merged model, exports; base and data are found by name."""
     push_run(trained, REPO)
@@ -139,41 +137,45 @@ def test_every_verb_takes_a_repository_in_a_fresh_process(
     home, here, elsewhere = tmp_path / "home", tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
     elsewhere.mkdir()
-    environment = hub.environment(TOKEN, home)
-    lost = finetune(environment, elsewhere, "generate", address, *PROMPT)
+
+    def finetune(cwd: Path, *arguments: str, stdin: str = "") -> SimpleNamespace:
+        done = server.start(*arguments, cwd=cwd, stdin=stdin, apart=True)
+        return SimpleNamespace(returncode=done.wait(), stdout=done.stdout, stderr=done.output)
+
+    lost = finetune(elsewhere, "generate", address, *PROMPT)
     assert (
         lost.returncode == 2 and "model.name: ./base was a directory" in lost.stderr and "Traceback" not in lost.stderr
     )
     (here / "base").symlink_to(trained.parents[1] / "base")
     (here / "rows.jsonl").symlink_to(trained.parents[1] / "rows.jsonl")
 
-    done = finetune(environment, here, "generate", address, *PROMPT)
+    done = finetune(here, "generate", address, *PROMPT)
     assert done.returncode == 0, done.stderr
     want = generated(trained, capsys)
     assert done.stdout == want
     # A repository and a directory on one base.
-    both = finetune(environment, here, "generate", "--adapter", address, "--adapter", str(trained), *PROMPT, "--json")
+    both = finetune(here, "generate", "--adapter", address, "--adapter", str(trained), *PROMPT, "--json")
     assert [json.loads(line)["completion"] for line in both.stdout.splitlines()] == [want[:-1]] * 2, both.stderr
-    chat = finetune(environment, here, "chat", address, "--max-new-tokens", "6", stdin="count the boats\n")
+    chat = finetune(here, "chat", address, "--max-new-tokens", "6", stdin="count the boats\n")
     assert chat.stdout == want, chat.stderr
-    merged = finetune(environment, here, "merge", address)
+    merged = finetune(here, "merge", address)
     assert merged.returncode == 0 and "validation rows" in merged.stderr, merged.stderr
     assert (here / "tickets-merged" / "model.safetensors").is_file()
-    measured = finetune(environment, here, "evaluate", address, "--rows", "2")
+    measured = finetune(here, "evaluate", address, "--rows", "2")
     assert measured.returncode == 0 and "merged" in measured.stdout and "not kept" in measured.stderr, measured.stderr
     for target, file in (("gguf", "tiny-f16.gguf"), ("gguf-lora", "tiny-lora-f32.gguf")):
-        done = finetune(environment, here, "export", address, "--to", target)
+        done = finetune(here, "export", address, "--to", target)
         assert done.returncode == 0, done.stderr
         assert GGUFReader(here / "export" / file).fields["general.name"].contents() == "tiny"
-    assert "--enable-lora" in finetune(environment, here, "export", address, "--to", "vllm").stdout
-    copied = finetune(environment, here, "push", address, "acme/copy")
+    assert "--enable-lora" in finetune(here, "export", address, "--to", "vllm").stdout
+    copied = finetune(here, "push", address, "acme/copy")
     assert copied.returncode == 0, copied.stderr
     mine, theirs = hub.files(REPO), hub.files("acme/copy")
     # A repository holds no numbers of the run but those in its card.
     assert {name for name in mine if mine[name] != theirs.get(name)} == {"README.md", "loss.svg"}
-    published = finetune(environment, here, "push", "tickets-merged", "acme/whole")
+    published = finetune(here, "push", "tickets-merged", "acme/whole")
     assert published.returncode == 0 and "model.safetensors" in hub.files("acme/whole"), published.stderr
-    again = finetune(environment, here, "run", address)
+    again = finetune(here, "run", address)
     assert again.returncode == 0 and f"base and data are those of {address}" in again.stderr, again.stderr
     name = "adapter/adapter_model.safetensors"
     assert (here / "runs" / "tiny-again" / name).read_bytes() == (trained / name).read_bytes()
@@ -182,9 +184,9 @@ def test_every_verb_takes_a_repository_in_a_fresh_process(
     assert {path.name for path in snapshot.iterdir()} <= set(mine)
     # Another base of the same name is noticed.
     write_model(elsewhere / "base", "llama", seed=1)
-    done = finetune(environment, elsewhere, "generate", address, *PROMPT)
+    done = finetune(elsewhere, "generate", address, *PROMPT)
     assert done.returncode == 2 and "is not the base that the adapter was trained on" in done.stderr
-    done = finetune(environment, here, "generate", "hf://acme/whole", *PROMPT)
+    done = finetune(here, "generate", "hf://acme/whole", *PROMPT)
     assert done.returncode == 2 and "hf://acme/whole: holds no adapter_config.json" in done.stderr
 
 
