@@ -12,6 +12,10 @@ from finetune.errors import BadInputError
 # In a merged model's directory: what was merged and measured; and, where its check failed, why it must not be used.
 MERGE_RECORD = "merge.json"
 UNUSABLE = "UNUSABLE.md"
+# Beside an adapter and a merged model: what the base and the data that it was trained on are told by.
+FINGERPRINTS = "fingerprints.json"
+# Of a run, and beside its adapter and merged model.
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class RunDir:
     @property
     def recipe(self) -> Path:
         """The resolved recipe: every default written out, paths absolute."""
-        return self.root / "recipe.yaml"
+        return self.root / RECIPE
 
     @property
     def metrics(self) -> Path:

@@ -57,10 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
     with importing_libraries():
         from finetune.evaluation.harness import require_harness
         from finetune.export.places import find_place
+        from finetune.inference.load import find_run
 
     if arguments.lm_eval is not None or arguments.lm_eval_tasks is not None:
         require_harness(tasks, arguments.lm_eval_tasks)
     place = find_place(arguments.run)
+    if not tasks and not place.is_merged and find_run(place.folder)[0] is None:
+        raise BadInputError(
+            f"{place.given}: was trained by another program, and its files name no rows to measure it on; give "
+            "--lm-eval TASKS, or write a recipe.yaml beside it that names base and data"
+        )
     merged = _merged_folder(place, arguments.merged)
     measure = _LmEval(tasks, arguments.lm_eval_tasks, arguments.rows) if tasks else _Task(arguments.rows)
     start = time.time()

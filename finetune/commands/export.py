@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.console import stdout, warn
 from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError
+from finetune.run_dir import RECIPE
 
 if TYPE_CHECKING:
     from finetune.export.targets import Job, Target
@@ -75,6 +76,7 @@ def _plan(arguments: argparse.Namespace, target: Target) -> Job:
     from finetune.export.places import find_place, staleness
     from finetune.export.targets import Job
     from finetune.inference.load import find_run
+    from finetune.models.foreign import derive_recipe
     from finetune.recipe.moved import load_moved_recipe
 
     place = find_place(arguments.run)
@@ -83,11 +85,15 @@ def _plan(arguments: argparse.Namespace, target: Target) -> Job:
         if target.needs == "adapter":
             raise ModelError(f"{path}: is a whole model, and --to {arguments.to} takes an adapter; give the run")
         _require_usable(path)
-        recipe_path = path / "recipe.yaml"
+        recipe_path = path / RECIPE
         recipe = load_moved_recipe(recipe_path) if recipe_path.is_file() else None
         return Job(path.resolve().name, place.given, path, arguments.out, place.exports, arguments.type, recipe)
-    recipe_path, adapter = find_run(path)
-    recipe = load_moved_recipe(recipe_path)
+    own, adapter = find_run(path)
+    if own is None:
+        assert adapter is not None
+        recipe = derive_recipe(adapter)
+    else:
+        recipe = load_moved_recipe(own)
     if target.needs == "adapter":
         if adapter is None:
             raise ModelError(

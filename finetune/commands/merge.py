@@ -17,7 +17,7 @@ from finetune import __version__
 from finetune.console import say, stdout, warn
 from finetune.errors import EXIT_OK, BadInputError, FinetuneError, ModelError, first_line
 from finetune.files import new_directory, replace_directory, sha256_file
-from finetune.run_dir import MERGE_RECORD, UNUSABLE
+from finetune.run_dir import FINGERPRINTS, MERGE_RECORD, RECIPE, UNUSABLE
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     folder = merge_run(arguments.run, base=arguments.base, dtype=arguments.dtype, out=arguments.out)
     stdout.print(f"merged    {folder}", markup=False)
+    if not (folder / RECIPE).is_file():  # its adapter has none
+        stdout.print(f"export    finetune export {shlex.quote(str(folder))} --to gguf", markup=False)
+        return EXIT_OK
     measure = ["finetune", "evaluate", str(arguments.run), "--merged", str(folder)]
     stdout.print(f"measure   {shlex.join(measure)}", markup=False)
     stdout.print(f"publish   finetune push {shlex.quote(str(folder))} ORG/NAME", markup=False)
@@ -293,8 +296,8 @@ def _say_check(check: MergeCheck) -> None:
 
 def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, fault: str | None, place: RunPlace) -> None:
     from finetune.models.adapters import WEIGHTS_NAME
-    from finetune.recipe.load import dump_recipe
 
+    text = _recipe_text(merge)
     weights = [
         {
             "name": weight.info.name,
@@ -319,7 +322,7 @@ def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, faul
         "tied_embeddings": plan.tied,
         "run": None if place.run is None else str(place.run.root.absolute()),
         "adapter_sha256": sha256_file(merge.adapter / WEIGHTS_NAME),
-        "recipe_sha256": hashlib.sha256(dump_recipe(merge.recipe).encode()).hexdigest(),
+        "recipe_sha256": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
         "check": check.to_json(),
         "finetune_version": __version__,
         "weights": weights,
@@ -335,9 +338,15 @@ def _record(folder: Path, merge: Merge, plan: MergePlan, check: MergeCheck, faul
 
 def _copy_origin(folder: Path, merge: Merge) -> None:
     """What the model can be pushed, exported and trained again from, wherever it is moved: recipe and fingerprints."""
+    text, fingerprints = _recipe_text(merge), merge.adapter / FINGERPRINTS
+    if text is not None:
+        (folder / RECIPE).write_text(text, encoding="utf-8")
+    if fingerprints.is_file():
+        shutil.copyfile(fingerprints, folder / FINGERPRINTS)
+
+
+def _recipe_text(merge: Merge) -> str | None:
+    """The adapter's recipe; None for one that another program trained."""
     from finetune.recipe.load import dump_recipe
 
-    (folder / "recipe.yaml").write_text(dump_recipe(merge.recipe), encoding="utf-8")
-    fingerprints = merge.adapter / "fingerprints.json"
-    if fingerprints.is_file():
-        shutil.copyfile(fingerprints, folder / fingerprints.name)
+    return None if merge.recipe.is_derived else dump_recipe(merge.recipe)

@@ -16,7 +16,7 @@ from finetune.console import progress_bar
 from finetune.data.dataset import TokenDataset
 from finetune.data.prepare import prepare_data
 from finetune.data.template import ChatTemplate, encode_prompt
-from finetune.errors import DataError
+from finetune.errors import DataError, first_line
 from finetune.models.heads import decoder_of, head_logits
 from finetune.recipe.schema import MergeSection, Recipe, ValidationSection
 
@@ -77,10 +77,12 @@ def held_out_samples(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> 
     try:
         dataset, rows = _held_out_data(recipe, tokenizer, template)
     except DataError as error:
+        reason = f"the run's data cannot be read: {first_line(error)}"
+        if recipe.is_derived:
+            reason = "another program trained the adapter"
         prompts = [encode_prompt(tokenizer, template, [{"role": "user", "content": text}]) for text in _TEXTS]
         samples = [CheckSample(torch.tensor(ids), torch.arange(len(ids))) for ids in prompts]
-        reason = str(error).splitlines()[0]
-        return samples, f"built-in questions, because the run's data cannot be read: {reason}"
+        return samples, f"built-in questions, because {reason}"
     order = range(len(dataset))
     chosen = list(order[-MAX_SAMPLES:] if rows.startswith("training") else order[:MAX_SAMPLES])
     samples = [sample for index in chosen if (sample := _sample(*dataset[index])) is not None]
@@ -89,6 +91,8 @@ def held_out_samples(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> 
 
 def _held_out_data(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[TokenDataset, str]:
     data, seed = recipe.data, recipe.training.seed
+    if recipe.is_derived:
+        raise DataError("no rows are known")
     source = recipe.evaluation.source
     if data.validation.source is None and not data.validation.size and source is not None:
         test = data.model_copy(update={"sources": [source], "validation": ValidationSection()})

@@ -33,7 +33,7 @@ def stream_adapter(merge: Merge, *, attention_name: str, device: torch.device) -
     stored = {
         parameter: partial(merge.files.read, name) for name, parameter in stored_names(merge.files, skeleton).items()
     }
-    adapter = SavedAdapter(recipe.adapter, merge.adapter, merge.tokenizer, recipe.training.seed)
+    adapter = SavedAdapter(merge.adapter, merge.tokenizer, recipe.training.seed)
     return build_streamed(skeleton, recipe.model, stored, precision=precision, device=device, adapter=adapter)
 
 

@@ -7,32 +7,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import BadInputError, ModelError, first_line
 from finetune.export.model_card_privacy import holds_local_path, holds_secret
-from finetune.export.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE, RunPlace, find_place, staleness
+from finetune.export.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPlace, find_place, staleness
 from finetune.models.tokenizer_files import TOKENIZER_CONFIG, tokenizer_config_text
+from finetune.recipe.hub_address import SNAPSHOT
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.moved import load_moved_recipe
 from finetune.recipe.paths import path_values
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_root
-from finetune.run_dir import MERGE_RECORD, UNUSABLE, RunDir
+from finetune.run_dir import FINGERPRINTS, MERGE_RECORD, RECIPE, UNUSABLE, RunDir
 
 Kind = Literal["adapter", "merged", "gguf", "gguf-lora"]
 
-FINGERPRINTS = "fingerprints.json"
 TEMPLATE = "chat_template.jinja"
 # A checkpoint's state, and a card that is written anew.
 _LEFT_OUT = {"trainer_state.pt", "manifest.json", "README.md"}
 _VOCABULARY = {"tokenizer.json", "vocab.json", "merges.txt"}
 _TEXT_SUFFIXES = {".json", ".yaml", ".yml", ".jinja", ".md", ".txt"}
-# Source: huggingface_hub, "Manage your cache": models--ORG--NAME/snapshots/COMMIT.
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/?$")
 
 
 @dataclass(frozen=True)
@@ -132,13 +129,13 @@ def _origin(place: RunPlace) -> Path:
     """
     if place.is_merged:
         if not (place.folder / RECIPE).is_file():
-            raise ModelError(
-                f"{place.given}: holds no recipe.yaml; merge again: finetune merge RUN --out {place.given}"
-            )
+            raise _no_recipe(place)
         return place.folder.resolve()
     folder = place.folder.resolve()
     folder = folder if (folder / ADAPTER_CONFIG).is_file() else RunDir(folder).adapter
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE) if not (folder / name).is_file()]
+    if missing == [RECIPE]:
+        raise _no_recipe(place)
     if missing:
         raise ModelError(
             f"{place.given}: holds no finished adapter ({missing[0]} is missing); train first: finetune run RECIPE"
@@ -146,10 +143,17 @@ def _origin(place: RunPlace) -> Path:
     return folder
 
 
+def _no_recipe(place: RunPlace) -> ModelError:
+    return ModelError(
+        f"{place.given}: holds no recipe.yaml, as what another program trained, and the model card is written from "
+        f"that; send it as it is: hf upload ORG/NAME {place.given}"
+    )
+
+
 def name_base(recipe: Recipe, fingerprints: dict[str, Any]) -> BaseModel:
     """The base's hub id and commit where it is a hub model (also one loaded from the Hub's cache), else its name."""
     name = recipe.model.name
-    if match := _SNAPSHOT.search(name):
+    if match := SNAPSHOT.search(name):
         return BaseModel(f"{match.group(1)}/{match.group(2)}", match.group(3), True)
     if "://" in name:
         return BaseModel(name, None, False)

@@ -10,13 +10,13 @@ from typing import Any
 
 from finetune.console import say, warn
 from finetune.errors import BadInputError, ModelError
-from finetune.export.hub_contents import FINGERPRINTS, name_base
-from finetune.export.places import ADAPTER_CONFIG, RECIPE, resolve_repo
+from finetune.export.hub_contents import name_base
+from finetune.export.places import ADAPTER_CONFIG, resolve_repo
 from finetune.recipe.hub_address import HUB_SCHEME
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
 from finetune.recipe.overrides import override_path
-from finetune.run_dir import RunDir
+from finetune.run_dir import FINGERPRINTS, RECIPE, RunDir
 
 _SMALL_FILES = (RECIPE, FINGERPRINTS, "adapter_config.json", "chat_template.jinja", "*token*.json", "tokenizer*")
 # Overrides of these may change what a run is made from.

@@ -153,7 +153,7 @@ class Merge:
         if weight.quantized and base == "dequantized":
             own = base_dtype(self.recipe.model, self.recipe.training.precision)
             value = Rounding(self.recipe.model, own, self.device)(value, transposed=weight.transposed)
-        return add_rows(value, weight.info.shape[0]) if weight.resized else value
+        return add_rows(value, weight.info.shape[0]) if weight.resized and not weight.is_replaced else value
 
     def _apply(self, step: Step, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         parts = [read_tensor(self.adapter / WEIGHTS_NAME, name) for name in step.tensors]

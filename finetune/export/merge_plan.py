@@ -19,6 +19,7 @@ from finetune.errors import ModelError
 from finetune.export.merge_files import BaseFiles, TensorInfo
 from finetune.export.merge_steps import Step, read_steps
 from finetune.models.load import quantization_config, use_plain_linears
+from finetune.models.saved import read_config, vocabulary_size
 from finetune.recipe.schema import ModelSection
 
 
@@ -38,6 +39,11 @@ class Weight:
     def is_touched(self) -> bool:
         """Whether the adapter changes it."""
         return bool(self.steps) or self.resized
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether nothing of the base's values is left."""
+        return any(step.kind == "replace" for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,13 @@ def build_plan(
             adapter or the way the base is stored cannot be merged.
     """
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"model.name: {model.name} is stored quantized, so there are no whole weights to merge into")
-    skeleton = _skeleton(config, model, num_tokens)
+        raise ModelError(
+            f"model.name: {model.name} is stored quantized, so there are no whole weights to merge into; name the "
+            "model that it was made of, in the recipe or in adapter_config.json (base_model_name_or_path)"
+        )
+    skeleton = _skeleton(config, model, max(num_tokens, config.get_text_config().vocab_size))
+    if rows := vocabulary_size(skeleton, adapter, read_config(adapter)):
+        skeleton = _skeleton(config, model, rows)
     steps = read_steps(skeleton, adapter)
     quantized = _quantized_parameters(config, model)
     stored = stored_names(files, skeleton)
@@ -84,7 +95,8 @@ def build_plan(
             weights.append(Weight(info, name, None))
             continue
         shape = tuple(state[parameter].shape)
-        _check_shape(name, info, shape)
+        if not any(step.kind == "replace" for step in steps.get(parameter, ())):
+            _check_shape(name, info, shape)
         weights.append(
             Weight(
                 info=TensorInfo(name, shape, _written_dtype(info, skeleton, parameter, dtype)),
@@ -137,12 +149,10 @@ def _names(skeleton: Any) -> tuple[str, str]:
     return f"{modules[id(embedding)]}.weight", f"{modules[id(head)]}.weight"
 
 
-def _skeleton(config: Any, model: ModelSection, num_tokens: int) -> Any:
+def _skeleton(config: Any, model: ModelSection, rows: int) -> Any:
     """The model without weights, its embeddings resized as training resizes them."""
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    if num_tokens > text.vocab_size:
-        text.vocab_size = num_tokens
+    config.get_text_config().vocab_size = rows
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 

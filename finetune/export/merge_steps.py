@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, get_peft_model_state_dict
 from safetensors import safe_open
 
 from finetune.errors import ModelError
-from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME
+from finetune.models.adapters import TRAINED_ROWS, WEIGHTS_NAME
+from finetune.models.saved import PREFIX, base_tensors, read_config, wrap_saved
 
-_PREFIX = "base_model.model."
 _NAME = "default"
 
 
@@ -48,10 +48,14 @@ def read_steps(skeleton: Any, adapter: Path) -> dict[str, tuple[Step, ...]]:
     Raises:
         ModelError: a tensor is missing, left over or of another shape, or a kind of layer cannot be merged.
     """
-    model = _attach(skeleton, adapter)
+    config = read_config(adapter)
+    model = _attach(skeleton, adapter, config)
+    replaced = base_tensors(skeleton, adapter, config)
     with safe_open(adapter / WEIGHTS_NAME, "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    wanted |= {key: tuple(skeleton.get_parameter(name).shape) for name, key in replaced.items()}
+    saved = {name: shape for name, shape in saved.items() if name in wanted or not _is_repeat(name)}
     missing, unknown = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
     shapes = sorted(name for name in wanted.keys() & saved.keys() if wanted[name] != saved[name])
     if missing or unknown or shapes:
@@ -60,8 +64,8 @@ def read_steps(skeleton: Any, adapter: Path) -> dict[str, tuple[Step, ...]]:
             f"({', '.join(missing[:2])}), {len(unknown)} unknown ({', '.join(unknown[:2])}), "
             f"{len(shapes)} of another shape ({', '.join(shapes[:2])})"
         )
-    steps: dict[str, list[Step]] = {}
-    uses: Counter[str] = Counter()
+    steps = {name: [Step("replace", (key,))] for name, key in replaced.items()}
+    uses = Counter(replaced.values())
     for parameter, step, is_copy in _module_steps(model, set(saved)):
         steps.setdefault(parameter, []).append(step)
         uses.update(() if is_copy else step.tensors)
@@ -75,16 +79,17 @@ def read_steps(skeleton: Any, adapter: Path) -> dict[str, tuple[Step, ...]]:
     return {parameter: tuple(found) for parameter, found in steps.items()}
 
 
-def _attach(skeleton: Any, adapter: Path) -> Any:
-    try:
-        config = LoraConfig.from_pretrained(str(adapter))
-    except Exception as error:
-        raise ModelError(f"{adapter / CONFIG_NAME}: cannot be read as a LoRA adapter: {error}") from error
+def _is_repeat(name: str) -> bool:
+    """Whether what PEFT does not ask for stands in the file under another name too, as `load_adapter` finds."""
+    return ".modules_to_save." in name or name.endswith(TRAINED_ROWS)
+
+
+def _attach(skeleton: Any, adapter: Path, config: LoraConfig) -> Any:
     # Initial values are of no interest, and some need the base's weights.
     config.init_lora_weights = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(copy.deepcopy(skeleton), config)
+        return wrap_saved(copy.deepcopy(skeleton), adapter, config)
 
 
 def _module_steps(model: Any, saved: set[str]) -> Iterator[tuple[str, Step, bool]]:
@@ -99,13 +104,13 @@ def _module_steps(model: Any, saved: set[str]) -> Iterator[tuple[str, Step, bool
             yield from ((parameter, step, False) for parameter, step in _lora_steps(name, module))
         elif isinstance(module, ModulesToSaveWrapper):
             for part in module.modules_to_save[_NAME].state_dict():
-                key = f"{_PREFIX}{name}.{part}"
+                key = f"{PREFIX}{name}.{part}"
                 if key in saved:
                     yield f"{name}.{part}", Step("replace", (key,)), False
         elif isinstance(module, TrainableTokensWrapper):
             tokens = module.token_adapter
             is_copy = tokens.tied_adapter is not None
-            key = f"{_PREFIX}{tokens_at[id(tokens.tied_adapter or tokens)]}.token_adapter.trainable_tokens_delta"
+            key = f"{PREFIX}{tokens_at[id(tokens.tied_adapter or tokens)]}.token_adapter.trainable_tokens_delta"
             yield f"{name}.weight", Step("rows", (key,), rows=tuple(tokens.token_indices[_NAME])), is_copy
 
 
@@ -119,7 +124,7 @@ def _lora_steps(name: str, layer: Any) -> Iterator[tuple[str, Step]]:
         raise ModelError(
             f"adapter: {type(variant or base).__name__} at {name} cannot be merged; serve the adapter as it is"
         )
-    prefix = f"{_PREFIX}{name}."
+    prefix = f"{PREFIX}{name}."
     parts: tuple[str, ...] = (
         ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     )

@@ -16,7 +16,6 @@ from finetune.run_dir import MERGE_RECORD, RunDir
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-RECIPE = "recipe.yaml"
 
 # What an adapter's repository holds; a merged model or a GGUF file beside it is not fetched.
 _ADAPTER_FILES = ("adapter_*", "*.json", "*.yaml", "*.jinja", "*.model", "*.txt", "README.md")
@@ -124,10 +123,9 @@ def staleness(folder: Path, adapter: Path | None) -> str | None:
 def _hub_place(address: str) -> RunPlace:
     repo_id = parse_address(address)[0]
     folder = resolve_repo(address)
-    missing = [name for name in (RECIPE, ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        what = "so it was not made by finetune" if missing[0] == RECIPE else "so it is no adapter"
-        raise ModelError(f"{address}: holds no {missing[0]}, {what}; give a repository that finetune push has made")
+        raise ModelError(f"{address}: holds no {missing[0]}, so it is no adapter; give a repository of a LoRA adapter")
     name = repo_id.rpartition("/")[2]
     return RunPlace(address, folder, None, Path(f"{name}-merged"), Path(_EXPORTS))
 

@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 
-from finetune.console import warn
+from finetune.console import say, warn
 from finetune.data.template import ChatTemplate, load_template
-from finetune.errors import ModelError
+from finetune.errors import DataError, ModelError
 from finetune.files import MANIFEST, damage_of, read_manifest
-from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, attach_adapter, load_adapter, token_indices
-from finetune.models.load import fit_vocabulary, load_base, load_tokenizer
+from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, token_indices
+from finetune.models.foreign import load_foreign, require_rows
+from finetune.models.load import load_base, load_config, load_tokenizer
+from finetune.models.saved import attach_saved
 from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
-from finetune.recipe.schema import Recipe
-from finetune.run_dir import MERGE_RECORD, RunDir
+from finetune.recipe.schema import DataSection, Recipe
+from finetune.run_dir import FINGERPRINTS, MERGE_RECORD, RunDir
 
 # What decoding can use; everything else becomes sdpa.
 _DECODING_ATTENTION = ("eager", "sdpa", "flash_attention_2")
-_FINGERPRINTS = "fingerprints.json"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -48,7 +49,7 @@ class LoadedRun:
 
 
 def load_run(path: Path, *, base_only: bool = False) -> LoadedRun:
-    """The model of a run's directory, or of an adapter's or checkpoint's that holds the run's `recipe.yaml`.
+    """The model of a run's directory, or of an adapter's or checkpoint's, with the run's `recipe.yaml` or without.
 
     The base is quantized as in training. The template is the one that was saved with the adapter; the bare
     base gets the same, so that the two compare.
@@ -69,17 +70,17 @@ def load_run(path: Path, *, base_only: bool = False) -> LoadedRun:
     if base_only:
         return LoadedRun(model, tokenizer, template, recipe, None)
     assert adapter is not None
-    fit_vocabulary(model, tokenizer, seed=recipe.training.seed)
-    model = attach_adapter(model, recipe.adapter, tokenizer, seed=recipe.training.seed)
-    load_adapter(model, adapter)
+    model = attach_saved(model, adapter, tokenizer, seed=recipe.training.seed)
     return LoadedRun(model, tokenizer, template, recipe, adapter)
 
 
-def find_run(path: Path) -> tuple[Path, Path | None]:
+def find_run(path: Path) -> tuple[Path | None, Path | None]:
     """The recipe and the adapter's directory of `path`: its final adapter, else its newest whole checkpoint.
 
+    An adapter that another program trained has no recipe.
+
     Raises:
-        ModelError: there is no such directory, or it holds no recipe.
+        ModelError: there is no such directory, or it holds neither recipe nor adapter.
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such directory; give a run's directory, such as runs/my-run")
@@ -90,9 +91,9 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
             "--to gguf"
         )
     if not run.recipe.is_file():
-        foreign = (path / CONFIG_NAME).is_file()
-        what = "an adapter that was not trained by finetune" if foreign else "not a run"
-        raise ModelError(f"{path}: holds no recipe.yaml, so it is {what}; give a directory such as runs/my-run")
+        if _is_adapter(path):
+            return None, path
+        raise ModelError(f"{path}: {_missing(path)}")
     if _is_adapter(path):
         return run.recipe, path
     if _is_adapter(run.adapter):
@@ -102,6 +103,18 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
+
+
+def _missing(folder: Path) -> str:
+    """What a directory lacks that is neither a run's nor an adapter's."""
+    if (folder / CONFIG_NAME).is_file():
+        return (
+            f"holds {CONFIG_NAME} and no {WEIGHTS_NAME}, so it is no adapter; PEFT writes both from an older one's "
+            "adapter_model.bin: PeftModel.from_pretrained(base, DIR).save_pretrained(NEW)"
+        )
+    below = sorted(path.name for path in folder.iterdir() if _is_adapter(path))
+    give = f"one of the adapters in it: {', '.join(below)}" if below else "a directory such as runs/my-run"
+    return f"holds no recipe.yaml, so it is not a run; give {give}"
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
@@ -119,13 +132,18 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_run_recipe(recipe_path: Path, adapter: Path | None) -> tuple[Recipe, ModelSource]:
-    """A run's recipe and its base model; local files of a recipe that has moved are looked for here.
+def load_run_recipe(recipe_path: Path | None, adapter: Path | None) -> tuple[Recipe, ModelSource]:
+    """What `find_run` found: a run's recipe and its base model; local files of one that has moved are looked for here.
+
+    Of an adapter without a recipe, what its own files say.
 
     Raises:
         RecipeError: the recipe cannot be used.
         ModelError: the base cannot be found, or one was found under its name that is another.
     """
+    if recipe_path is None:
+        assert adapter is not None
+        return load_foreign(adapter)
     moved, missing = find_files(recipe_path)
     for value in missing:
         if value.path == ("model", "name") and value.text.startswith("./"):
@@ -157,7 +175,7 @@ def require_same_base(adapter: Path, source: ModelSource) -> None:
 
 def recorded_base(adapter: Path) -> dict[str, Any]:
     """Name, revision and sha256 of the base that an adapter was trained on; empty where nothing is recorded."""
-    path = adapter / _FINGERPRINTS
+    path = adapter / FINGERPRINTS
     if not path.is_file():
         return {}
     recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
@@ -175,7 +193,28 @@ def load_saved_template(recipe: Recipe, source: ModelSource, adapter: Path | Non
         # Saved with the template that it was trained with, whatever has become of a .jinja file since.
         data = data.model_copy(update={"template": "auto"})
     token_indices(recipe.adapter, tokenizer)
+    if recipe.is_derived:
+        assert adapter is not None
+        require_rows(adapter, tokenizer, load_config(recipe.model, source))
+        return tokenizer, _foreign_template(adapter, tokenizer, data)
     return tokenizer, load_template(tokenizer, data)
+
+
+def _foreign_template(adapter: Path, tokenizer: Any, data: DataSection) -> ChatTemplate:
+    """The tokenizer's own template; where it has none, one that writes the text alone, and is not saved with it.
+
+    Raises:
+        DataError: it is a template that no run could be trained with.
+    """
+    own = tokenizer.chat_template
+    if not own:
+        say(f"{adapter}: neither it nor its base has a chat template; a prompt is taken as the text itself")
+    try:
+        template = load_template(tokenizer, data)
+    except DataError as error:
+        raise DataError(f"{error}\n  Put another tokenizer beside {adapter / CONFIG_NAME}.") from error
+    tokenizer.chat_template = own
+    return template
 
 
 def load_run_base(recipe: Recipe, source: ModelSource) -> Any:

@@ -17,8 +17,8 @@ from finetune.inference.load import (
     load_saved_template,
     recorded_base,
 )
-from finetune.models.adapters import add_adapter, attach_adapter, load_adapter
-from finetune.models.load import base_dtype, compute_dtype, fit_vocabulary
+from finetune.models.load import base_dtype, compute_dtype
+from finetune.models.saved import add_saved, attach_saved, base_tensors, read_config
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import QUANTIZED_4BIT, Recipe
 
@@ -90,6 +90,13 @@ def _read(given: str, path: Path) -> _Trained:
 
 def _attach(base: _Trained, trained: list[_Trained], templates: list[tuple[Any, ChatTemplate]]) -> list[LoadedRun]:
     model: Any = load_run_base(base.recipe, base.source)
+    for one in trained if len(trained) > 1 else ():
+        assert one.adapter is not None
+        if base_tensors(model, one.adapter, read_config(one.adapter)):
+            raise ModelError(
+                f"--adapter {one.given}: brings embeddings for its base, as PEFT saves them of a vocabulary that was "
+                "resized, so it can share the base with no other; generate with it alone"
+            )
     rows = model.get_input_embeddings().weight.shape[0]
     # Rows that are added are drawn from the run's seed.
     grown = [
@@ -108,10 +115,8 @@ def _attach(base: _Trained, trained: list[_Trained], templates: list[tuple[Any, 
         assert one.adapter is not None
         seed, name = one.recipe.training.seed, f"adapter_{number}" if loaded else "default"
         if loaded:
-            add_adapter(model, one.adapter, name)
+            add_saved(model, one.adapter, name)
         else:
-            fit_vocabulary(model, tokenizer, seed=seed)
-            model = attach_adapter(model, one.recipe.adapter, tokenizer, seed=seed)
-            load_adapter(model, one.adapter)
+            model = attach_saved(model, one.adapter, tokenizer, seed=seed)
         loaded[number] = LoadedRun(model, tokenizer, template, one.recipe, one.adapter, name)
     return [loaded[number] for number in range(len(trained))]

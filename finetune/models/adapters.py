@@ -26,6 +26,7 @@ from finetune.recipe.schema import LoraSection
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
+TRAINED_ROWS = "trainable_tokens_delta"
 _INIT = {"default": True}
 # PEFT's initial values that are taken off the base's weights; saved as they are, they fit only that changed base.
 # An adapter that PEFT has converted (`path_initial_model_for_weight_conversion`) says true instead.
@@ -45,16 +46,26 @@ def attach_adapter(base: Any, adapter: LoraSection, tokenizer: Any, *, seed: int
     config = build_config(base, adapter, tokenizer)
     head = base.get_output_embeddings()
     linears = [name for name, module in base.named_modules() if _is_linear(module) and module is not head]
+    try:
+        model = wrap_base(base, config, seed=seed)
+    except (ValueError, AttributeError) as error:  # the latter of initial values off weights that experts lack
+        raise ModelError(
+            f"adapter: PEFT does not train {base.config.model_type} so: {error}\n"
+            "  Choose other layers by adapter.target_modules or exclude_modules, or leave out what it names."
+        ) from error
+    _warn_of_passed_over(model, adapter, linears)
+    return model
+
+
+def wrap_base(base: Any, config: LoraConfig, *, seed: int) -> PeftModel:
+    """`attach_adapter` by PEFT's own configuration.
+
+    Raises:
+        ValueError, AttributeError: PEFT refuses it for this model.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            model = get_peft_model(base, config)
-        except (ValueError, AttributeError) as error:  # the latter of initial values off weights that experts lack
-            raise ModelError(
-                f"adapter: PEFT does not train {base.config.model_type} so: {error}\n"
-                "  Choose other layers by adapter.target_modules or exclude_modules, or leave out what it names."
-            ) from error
-    _warn_of_passed_over(model, adapter, linears)
+        model = get_peft_model(base, config)
     for parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
     cast_whole_modules(model)
@@ -271,21 +282,6 @@ def _jsonable(value: Any) -> Any:
     return getattr(value, "value", str(value))
 
 
-def add_adapter(model: PeftModel, folder: Path, name: str) -> None:
-    """Add the adapter in `folder` under `name` to a model that has one already, which stays the active one.
-
-    Raises:
-        ModelError: as `load_adapter`.
-    """
-    config = LoraConfig.from_pretrained(str(folder))
-    with torch.random.fork_rng(devices=[]):
-        model.add_adapter(name, config)
-    for parameter_name, parameter in model.named_parameters():
-        if name in parameter_name.split("."):
-            parameter.data = parameter.data.float()  # as in training, whatever the base's dtype
-    load_adapter(model, folder, name)
-
-
 def load_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
     """Fill the attached adapter from `folder`, every key matched.
 
@@ -298,6 +294,7 @@ def load_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
     except Exception as error:
         raise ModelError(f"{path}: cannot be read as an adapter: {error}") from error
     own = adapter_state(model, name)
+    state = _without_repeats(model, state, own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or unknown or shapes:
@@ -307,3 +304,18 @@ def load_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
             f"({', '.join(sorted(shapes)[:2])})"
         )
     set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def _without_repeats(model: PeftModel, state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
+    """`state` less what PEFT may save besides an adapter: values that the base has, and second names of its tensors."""
+    more = state.keys() - set(own)
+    of_base = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in more}
+    rows = [state[name] for name in own if name.endswith(TRAINED_ROWS) and name in state]
+    kept = dict(state)
+    for name in more:
+        twins = rows if name.endswith(TRAINED_ROWS) else [of_base.get(name)]  # rows of a tied head
+        if ".modules_to_save." in name:
+            twins = [state.get(name.replace(".modules_to_save.", "."))]
+        if any(twin is not None and torch.equal(kept[name].to(twin), twin) for twin in twins):
+            del kept[name]
+    return kept

@@ -161,13 +161,14 @@ def load_base(
     if announce:
         say(f"loading {source.name} ({stored_as(model, precision)})")
     attention_name = loadable_attention(load_config(model, source), attention_name)
+    settings = quantization_config(model, precision, shardable=shardable)
     try:
         with library_bars():
             base = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 revision=source.revision,
                 dtype=base_dtype(model, precision),
-                quantization_config=quantization_config(model, precision, shardable=shardable),
+                **({} if settings is None else {"quantization_config": settings}),  # None: not even the base's own
                 attn_implementation=attention_name,
                 device_map={"": device},
                 trust_remote_code=model.trust_remote_code,
@@ -209,18 +210,23 @@ def _let_go_of_files(base: Any) -> None:
 
 
 def fit_vocabulary(base: Any, tokenizer: Any, *, seed: int) -> None:
-    """Give `base` a row for every token of `tokenizer`; rows are never removed.
+    """Give `base` a row for every token of `tokenizer`; rows are never removed."""
+    resize_vocabulary(base, max(len(tokenizer), base.get_input_embeddings().weight.shape[0]), seed=seed)
+
+
+def resize_vocabulary(base: Any, rows: int, *, seed: int) -> None:
+    """Give embedding and head so many rows.
 
     New rows are drawn around the mean of the old ones: from `seed`, on the CPU, so that a resumed or reloaded run has
     the same on any device.
     """
     weight = base.get_input_embeddings().weight
-    if len(tokenizer) > weight.shape[0]:
+    if rows != weight.shape[0]:
         device = weight.device
         _move_vocabulary(base, torch.device("cpu"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            base.resize_token_embeddings(len(tokenizer))
+            base.resize_token_embeddings(rows)
         _move_vocabulary(base, device)
 
 

@@ -13,6 +13,7 @@ from finetune.console import warn
 from finetune.errors import ModelError, first_line
 from finetune.files import sha256_file
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base, token_indices
+from finetune.models.saved import read_settings, unlike_lora
 from finetune.recipe.hub_address import parse_address
 from finetune.recipe.schema import LoraSection
 from finetune.run_dir import RunDir
@@ -53,15 +54,11 @@ def find_start(adapter: LoraSection, tokenizer: Any, *, recorded: str | None = N
         if recorded is None:
             raise
         return Start(None, recorded)
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        values = {name: config.get(theirs) or _nothing(adapter, name) for name, theirs in _SETTINGS.items()}
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{KEY}: {folder / CONFIG_NAME} cannot be read: {first_line(error)}") from None
-    kind, init = config.get("peft_type"), init_off_the_base(config)
-    if kind != "LORA" or init:
-        what = f"is not LoRA but {kind}" if kind != "LORA" else f"fits only a base that {init} has changed"
+    config = read_settings(folder)
+    init = init_off_the_base(config)
+    if what := unlike_lora(config) or (f"fits only a base that {init} has changed" if init else None):
         raise ModelError(f"{KEY}: the adapter in {folder} {what}; start from a plain LoRA adapter")
+    values = {name: config.get(theirs) or _nothing(adapter, name) for name, theirs in _SETTINGS.items()}
     others = [
         f"adapter.{name}: {json.dumps(value)}" for name, value in values.items() if not _same(adapter, name, value)
     ]

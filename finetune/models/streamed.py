@@ -24,11 +24,11 @@ from transformers.quantizers import AutoHfQuantizer
 
 from finetune.kernels.products import multiply_in_fp32
 from finetune.machine import trim_freed_memory
-from finetune.models.adapters import load_adapter
+from finetune.models.adapters import init_off_the_base, load_adapter
 from finetune.models.heads import decoder_layers
-from finetune.models.load import fit_vocabulary, quantization_config
-from finetune.models.skeleton import adapt_skeleton
-from finetune.recipe.schema import LoraSection, ModelSection
+from finetune.models.load import quantization_config
+from finetune.models.saved import base_tensors, fit_saved, read_config, vocabulary_size, wrap_saved
+from finetune.recipe.schema import ModelSection
 
 T = TypeVar("T")
 # Where a quantized layer keeps what belongs to its weight.
@@ -206,7 +206,6 @@ class Unit:
 class SavedAdapter:
     """An adapter on disk, and what a run attaches it with."""
 
-    section: LoraSection
     folder: Path
     tokenizer: Any
     seed: int
@@ -304,7 +303,9 @@ def _fit_vocabulary(
     causal_lm: Any, adapter: SavedAdapter, readers: Readers, dtypes: Mapping[str, torch.dtype], device: torch.device
 ) -> None:
     """Resize embedding and head for added tokens as a run does; they then stay in memory."""
-    if len(adapter.tokenizer) <= causal_lm.get_input_embeddings().weight.shape[0]:
+    config, rows = read_config(adapter.folder), causal_lm.get_input_embeddings().weight.shape[0]
+    fits = (vocabulary_size(causal_lm, adapter.folder, config) or max(rows, len(adapter.tokenizer))) == rows
+    if fits and not base_tensors(causal_lm, adapter.folder, config):
         return
     ends = {id(causal_lm.get_input_embeddings()), id(causal_lm.get_output_embeddings())}
     filled: dict[int, torch.nn.Parameter] = {}
@@ -316,7 +317,7 @@ def _fit_vocabulary(
                     value = readers[name]().to(device, dtypes[name])
                     filled[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
                 module._parameters[leaf] = filled[id(parameter)]
-    fit_vocabulary(causal_lm, adapter.tokenizer, seed=adapter.seed)
+    fit_saved(causal_lm, adapter.folder, config, adapter.tokenizer, seed=adapter.seed)
     causal_lm.requires_grad_(False)
 
 
@@ -327,11 +328,14 @@ def _layer_names(causal_lm: Any) -> list[str]:
 
 def _attach(causal_lm: Any, adapter: SavedAdapter, section: ModelSection, device: torch.device) -> Any:
     """The model with the adapter's own weights in memory."""
-    if adapter.section.rewrites_base:
-        raise NotStreamableError(f"adapter.init {adapter.section.init} is taken off all of its weights")
-    if adapter.section.use_dora and section.quantization != "none":
+    config = read_config(adapter.folder)
+    if init := init_off_the_base(vars(config)):
+        raise NotStreamableError(f"adapter.init {init} is taken off all of its weights")
+    if config.use_dora and section.quantization != "none":
         raise NotStreamableError("PEFT measures quantized weights when it attaches DoRA")
-    model = adapt_skeleton(causal_lm, adapter.section, adapter.tokenizer)
+    config.init_lora_weights = True  # other initial values need weights; shapes are the same
+    with torch.device("meta"):
+        model = wrap_saved(causal_lm, adapter.folder, config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:

@@ -7,6 +7,9 @@ import re
 from finetune.errors import BadInputError
 
 HUB_SCHEME = "hf://"
+# A repository's files in the Hub's cache: organisation, name, commit.
+# Source: huggingface_hub, "Manage your cache": models--ORG--NAME/snapshots/COMMIT.
+SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/?$")
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
 
 

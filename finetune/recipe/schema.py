@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 NonEmpty = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"]
 
 QUANTIZED_4BIT = ("nf4", "fp4")
 
@@ -200,7 +201,7 @@ class TrainingSection(Section):
         False,
         description="Find the largest forward pass that a GPU's memory takes (samples, or tokens of a packed row).",
     )
-    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = Field(
+    precision: Precision = Field(
         "bf16-mixed", description="Compute precision; trained parameters are fp32 in all of them."
     )
     optimizer: OptimizerSection = Field(OptimizerSection(), description="The optimizer.")
@@ -338,6 +339,11 @@ class Recipe(Section):
     merge: MergeSection = Field(MergeSection(), description="Merging the adapter into the base.")
     logging: LoggingSection = Field(LoggingSection(), description="Trackers.")
     hub: HubSection = Field(HubSection(), description="Publishing.")
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether it stands for an adapter of another program, of whose data nothing is known."""
+        return not self.data.sources
 
     @property
     def ends_with_best(self) -> bool:

@@ -40,11 +40,10 @@ from finetune.files import (
     write_failure,
 )
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_weights
+from finetune.run_dir import FINGERPRINTS, RECIPE
 from finetune.training.snapshot import Snapshot
 
 STATE = "trainer_state.pt"
-RECIPE = "recipe.yaml"
-FINGERPRINTS = "fingerprints.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
 

@@ -11,10 +11,8 @@ import yaml
 from finetune.console import say, warn
 from finetune.errors import BadInputError
 from finetune.recipe.keys import Place, flatten, root
-from finetune.run_dir import RunDir
+from finetune.run_dir import FINGERPRINTS, RECIPE, RunDir
 from finetune.training.checkpoint import (
-    FINGERPRINTS,
-    RECIPE,
     Checkpoint,
     list_checkpoints,
     newest_checkpoint,

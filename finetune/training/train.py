@@ -32,13 +32,13 @@ from finetune.models.start import Start, find_start
 from finetune.models.tokenizer_files import save_tokenizer
 from finetune.recipe.load import dump_recipe, read_document
 from finetune.recipe.schema import ModelSection, Recipe
-from finetune.run_dir import RunDir
+from finetune.run_dir import FINGERPRINTS, RECIPE, RunDir
 from finetune.stop_signals import StopRequested, StopSignals, blocked, leave_to_parent
 from finetune.training.agreement import check_agreement
 from finetune.training.auto_micro_batch import AutoMicroBatch, check_placement
 from finetune.training.best import take_best
 from finetune.training.callbacks import Meter, NonFiniteStop
-from finetune.training.checkpoint import FINGERPRINTS, RECIPE, Checkpoint, restore, write_parts
+from finetune.training.checkpoint import Checkpoint, restore, write_parts
 from finetune.training.checkpoint_writer import CheckpointWriter
 from finetune.training.context import too_long_samples
 from finetune.training.fitting import place, with_checkpointing

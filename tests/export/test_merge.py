@@ -272,6 +272,10 @@ def _rename(state: dict[str, torch.Tensor]) -> None:
 
 
 def _add(state: dict[str, torch.Tensor]) -> None:
+    state["base_model.model.model.norm.weight"] = torch.zeros(2)
+
+
+def _add_head(state: dict[str, torch.Tensor]) -> None:
     state["base_model.model.lm_head.weight"] = torch.zeros(2, 2)
 
 
@@ -282,7 +286,12 @@ def _reshape(state: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(_rename, "1 tensors missing .* 1 unknown"), (_add, "1 unknown"), (_reshape, "1 of another shape")],
+    [
+        (_rename, "1 tensors missing .* 1 unknown"),
+        (_add, "1 unknown"),
+        (_add_head, "1 of another shape"),
+        (_reshape, "1 of another shape"),
+    ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(
     tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], None], message: str

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from finetune.cli import main
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME
-from finetune.run_dir import RunDir
-from finetune.training.checkpoint import FINGERPRINTS, MANIFEST, RECIPE, STATE, _manifest, damage, list_checkpoints
+from finetune.run_dir import FINGERPRINTS, RECIPE, RunDir
+from finetune.training.checkpoint import MANIFEST, STATE, _manifest, damage, list_checkpoints
 from tests.export.push_run import hub
 from tests.fork_server import ForkServer
 from tests.hub_double import HubDouble
