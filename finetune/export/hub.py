@@ -43,7 +43,6 @@ class Pushed:
 
     url: str
     commit: str
-    num_files: int
     num_bytes: int
     changed: bool
     """False where the repository already held exactly this."""
@@ -95,7 +94,7 @@ def push(
     if access.exists and access.private and public:
         client.call(repo_id, lambda: client.api.update_repo_settings(repo_id, private=False))
     num_bytes = sum(_size(content) for content in files.values())
-    return Pushed(f"{client.api.endpoint}/{repo_id}", commit, len(files), num_bytes, changed)
+    return Pushed(f"{client.api.endpoint}/{repo_id}", commit, num_bytes, changed)
 
 
 def _check_access(client: HubClient, repo_id: str) -> Access:

@@ -27,7 +27,6 @@ class WeightBytes:
     largest_block: int
     rest: int  # embeddings, head, last norm
     constants: int  # scales of quantized weights: never sharded
-    largest_linear: int  # elements of the largest quantized layer: what one product expands
     trainable: tuple[tuple[int, ...], ...]  # shapes
     num_parameters: int  # of the base
     num_blocks: int
@@ -55,7 +54,7 @@ def count_weights(model: torch.nn.Module, section: ModelSection) -> WeightBytes:
             id(module.weight) for name, module in causal_lm.named_modules() if is_quantized_linear(module, name, head)
         }
     by_block = [0] * len(blocks)
-    rest = constants = largest = num_parameters = 0
+    rest = constants = num_parameters = 0
     trainable = []
     for parameter in dict.fromkeys(causal_lm.parameters()):
         if parameter.requires_grad:
@@ -67,14 +66,11 @@ def count_weights(model: torch.nn.Module, section: ModelSection) -> WeightBytes:
         if id(parameter) in quantized:
             size, extra = quantized_bytes(parameter.shape, section)
             constants += extra
-            largest = max(largest, count)
         if id(parameter) in in_block:
             by_block[in_block[id(parameter)]] += size
         else:
             rest += size
-    return WeightBytes(
-        sum(by_block), max(by_block), rest, constants, largest, tuple(trainable), num_parameters, len(blocks)
-    )
+    return WeightBytes(sum(by_block), max(by_block), rest, constants, tuple(trainable), num_parameters, len(blocks))
 
 
 def quantized_bytes(shape: torch.Size | tuple[int, ...], section: ModelSection) -> tuple[int, int]:

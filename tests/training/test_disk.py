@@ -17,7 +17,7 @@ from finetune.training.strategy import Placement
 from tests.models.test_memory import recipe
 from tests.tiny import write_model
 
-WEIGHTS = WeightBytes(300, 100, 200, 10, 50, ((4, 4),), 10**6, 3)
+WEIGHTS = WeightBytes(300, 100, 200, 10, ((4, 4),), 10**6, 3)
 HUB = ModelSource("acme/base", "acme/base", None)
 GPU, CPU = Placement("cuda", 1, 1, "single"), Placement("cpu", 1, 1, "single")
 FREE = {"runs": 10**4, "hub": 1_500_000, "cache": 10**4}
