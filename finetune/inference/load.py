@@ -67,6 +67,7 @@ def load_run(path: Path, *, base_only: bool = False) -> LoadedRun:
     recipe, source = load_run_recipe(recipe_path, adapter)
     tokenizer, template = load_saved_template(recipe, source, adapter)
     model: Any = load_run_base(recipe, source)
+    fit_vocabulary(model, tokenizer, seed=recipe.training.seed)
     if base_only:
         return LoadedRun(model, tokenizer, template, recipe, None)
     assert adapter is not None

@@ -72,6 +72,15 @@ def test_the_bare_base_needs_no_adapter(make_run: MakeRun) -> None:
     torch.testing.assert_close(logits(loaded.model), logits(build_llama()))
 
 
+def test_the_bare_base_has_rows_for_the_adapters_own_tokens(make_run: MakeRun) -> None:
+    """What a prompt may hold, and as many scores as the adapter gives: a merge compares the two."""
+    tokens = [f"<own-{number}>" for number in range(500)]
+    run, _ = make_run("adapter", adapter={"rank": 4, "trainable_tokens": tokens})
+    loaded = load_run(run, base_only=True)
+    ids = torch.tensor([loaded.tokenizer.encode(tokens[-1])])
+    assert loaded.model(input_ids=ids).logits.shape == load_run(run).model(input_ids=ids).logits.shape
+
+
 def test_the_saved_template_outlives_its_file(make_run: MakeRun, tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "own.jinja"
     file.write_text(tokenizer.chat_template.replace("assistant", "bot"))
