@@ -16,7 +16,7 @@ from finetune.errors import DataError, ModelError
 from finetune.files import MANIFEST, damage_of, read_manifest
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, token_indices
 from finetune.models.foreign import load_foreign, require_rows
-from finetune.models.load import load_base, load_config, load_tokenizer
+from finetune.models.load import fit_vocabulary, load_base, load_config, load_tokenizer
 from finetune.models.saved import attach_saved
 from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource, find_model, fingerprint
@@ -67,8 +67,8 @@ def load_run(path: Path, *, base_only: bool = False) -> LoadedRun:
     recipe, source = load_run_recipe(recipe_path, adapter)
     tokenizer, template = load_saved_template(recipe, source, adapter)
     model: Any = load_run_base(recipe, source)
-    fit_vocabulary(model, tokenizer, seed=recipe.training.seed)
     if base_only:
+        fit_vocabulary(model, tokenizer, seed=recipe.training.seed)
         return LoadedRun(model, tokenizer, template, recipe, None)
     assert adapter is not None
     model = attach_saved(model, adapter, tokenizer, seed=recipe.training.seed)
