@@ -19,7 +19,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from finetune.errors import ModelError
 from finetune.models.adapters import TRAINED_ROWS, WEIGHTS_NAME
@@ -46,13 +46,17 @@ def read_steps(skeleton: Any, adapter: Path) -> dict[str, tuple[Step, ...]]:
     `skeleton` is the model without weights, its embeddings resized for added tokens.
 
     Raises:
-        ModelError: a tensor is missing, left over or of another shape, or a kind of layer cannot be merged.
+        ModelError: the file is damaged, a tensor is missing, left over or of another shape, or a kind of layer cannot
+            be merged.
     """
     config = read_config(adapter)
     model = _attach(skeleton, adapter, config)
-    replaced = base_tensors(skeleton, adapter, config)
-    with safe_open(adapter / WEIGHTS_NAME, "pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    try:
+        replaced = base_tensors(skeleton, adapter, config)
+        with safe_open(adapter / WEIGHTS_NAME, "pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{adapter / WEIGHTS_NAME}: cannot be read as an adapter: {error}") from error
     wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     wanted |= {key: tuple(skeleton.get_parameter(name).shape) for name, key in replaced.items()}
     saved = {name: shape for name, shape in saved.items() if name in wanted or not _is_repeat(name)}

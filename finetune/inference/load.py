@@ -99,7 +99,10 @@ def find_run(path: Path) -> tuple[Path | None, Path | None]:
         return run.recipe, path
     if _is_adapter(run.adapter):
         return run.recipe, run.adapter
-    return run.recipe, _newest_checkpoint(run.checkpoints)
+    checkpoint = _newest_checkpoint(run.checkpoints)
+    if run.adapter.exists() and checkpoint is not None:
+        warn(f"{run.adapter} lacks {CONFIG_NAME} or {WEIGHTS_NAME}, and is passed over for {checkpoint}")
+    return run.recipe, checkpoint
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -175,11 +178,20 @@ def require_same_base(adapter: Path, source: ModelSource) -> None:
 
 
 def recorded_base(adapter: Path) -> dict[str, Any]:
-    """Name, revision and sha256 of the base that an adapter was trained on; empty where nothing is recorded."""
+    """Name, revision and sha256 of the base that an adapter was trained on; empty where nothing is recorded.
+
+    Raises:
+        ModelError: the record is damaged.
+    """
     path = adapter / FINGERPRINTS
     if not path.is_file():
         return {}
-    recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
+    try:
+        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
+    except (OSError, ValueError, AttributeError):
+        raise ModelError(
+            f"{path}: is damaged, so the adapter's base cannot be told; bring it back, or remove it to go on without"
+        ) from None
     return recorded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -176,6 +177,21 @@ def test_a_base_that_has_changed_is_refused(own_run: Path, tmp_path: Path, capsy
     path.write_text(json.dumps(fingerprints))
     assert main(["merge", str(own_run)]) == 2
     assert "is not the base that the adapter was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (WEIGHTS_NAME, f"{WEIGHTS_NAME}: cannot be read as an adapter: Error while deserializing header"),
+        ("fingerprints.json", "fingerprints.json: is damaged, so the adapter's base cannot be told"),
+    ],
+)
+def test_a_cut_file_of_the_adapter_is_named(name: str, said: str, own_run: Path, capsys: Any) -> None:
+    path = own_run / "adapter" / name
+    os.truncate(path, path.stat().st_size // 2)
+    assert main(["merge", str(own_run)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
 
 
 def test_without_the_data_built_in_questions_are_used(

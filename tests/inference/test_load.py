@@ -56,6 +56,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(make_run: MakeRun, capsys
     assert "step-000020 is damaged and passed over: adapter_model.safetensors" in capsys.readouterr().err
 
 
+def test_an_adapter_that_lacks_a_file_is_passed_over_and_named(make_run: MakeRun, capsys: Any) -> None:
+    run, _ = make_run("checkpoints/step-000010", "adapter")
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    assert find_run(run)[1] == run / "checkpoints" / "step-000010"
+    said = capsys.readouterr().err
+    assert f"{run / 'adapter'} lacks adapter_config.json or adapter_model.safetensors, and is passed over for" in said
+
+
 def test_a_folder_that_holds_adapter_and_recipe_will_do(make_run: MakeRun, tmp_path: Path) -> None:
     run, trained = make_run("checkpoints/step-000001", "adapter")
     alone = tmp_path / "elsewhere"
