@@ -6,14 +6,15 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from finetune.console import warn
 from finetune.errors import ModelError, first_line
@@ -138,7 +139,7 @@ def base_tensors(base: Any, folder: Path, config: LoraConfig) -> dict[str, str]:
     parameters = {f"{name}.{leaf}" for name, module in modules for leaf, _ in module.named_parameters(recurse=False)}
     whole = tuple(config.modules_to_save or ())
     found = {}
-    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+    with _open_weights(folder) as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             name = _INNER.sub("", key.removeprefix(PREFIX))
             is_trained = f"{PREFIX}{name}" == key and name.rpartition(".")[0].endswith(whole or ("\0",))
@@ -147,12 +148,21 @@ def base_tensors(base: Any, folder: Path, config: LoraConfig) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def _open_weights(folder: Path) -> Iterator[Any]:
+    try:
+        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS_NAME}: cannot be read as an adapter: {error}") from error
+
+
 def vocabulary_size(base: Any, folder: Path, config: LoraConfig) -> int | None:
     """Rows of the embedding, where the adapter's file holds it whole."""
     embedding = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embedding) + ".weight"
     key = base_tensors(base, folder, config).get(name, f"{PREFIX}{name}")
-    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+    with _open_weights(folder) as file:
         return int(file.get_slice(key).get_shape()[0]) if key in file.keys() else None  # noqa: SIM118
 
 
@@ -170,7 +180,7 @@ def fit_saved(base: Any, folder: Path, config: LoraConfig, tokenizer: Any, *, se
         )
     resize_vocabulary(base, saved or max(rows, len(tokenizer)), seed=seed)
     given: dict[int, torch.Tensor] = {}
-    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+    with _open_weights(folder) as file:
         for name, key in base_tensors(base, folder, config).items():
             parameter, value = base.get_parameter(name), file.get_tensor(key)
             if parameter.shape != value.shape or not torch.equal(given.setdefault(id(parameter), value), value):
