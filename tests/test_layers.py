@@ -23,7 +23,9 @@ LAYERS = (
         "distributed",
         "files",
         "findings",
+        "hub_client",
         "machine",
+        "privacy",
         "stop_signals",
     },  # "" is finetune/__init__.py
     {"recipe", "kernels", "run_dir"},

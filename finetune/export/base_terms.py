@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from finetune.export.hub_client import HubClient
 from finetune.export.hub_publish import check_push
 from finetune.export.model_card_licence import find_licences
 from finetune.findings import Finding, error, fact, warning
+from finetune.hub_client import HubClient
 from finetune.recipe.schema import Recipe
 
 

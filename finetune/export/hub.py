@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import BadInputError, FinetuneError
-from finetune.export.hub_client import HubClient, http_status
 from finetune.files import sha256_file
+from finetune.hub_client import HubClient, http_status
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 # Written by the Hub itself when it creates a repository.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import BadInputError, ModelError, first_line
-from finetune.export.model_card_privacy import holds_local_path, holds_secret
 from finetune.export.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPlace, find_place, staleness
 from finetune.models.tokenizer_files import TOKENIZER_CONFIG, tokenizer_config_text
+from finetune.privacy import holds_local_path, holds_secret
 from finetune.recipe.hub_address import SNAPSHOT
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.moved import load_moved_recipe

@@ -11,8 +11,8 @@ from typing import Any
 from finetune.console import say, warn
 from finetune.errors import BadInputError, ModelError
 from finetune.export.hub_contents import name_base
-from finetune.export.places import ADAPTER_CONFIG, resolve_repo
-from finetune.recipe.hub_address import HUB_SCHEME
+from finetune.export.places import ADAPTER_CONFIG
+from finetune.recipe.hub_address import HUB_SCHEME, resolve_repo
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
 from finetune.recipe.overrides import override_path

@@ -10,10 +10,10 @@ from typing import Any
 from finetune.console import say, warn
 from finetune.errors import BadInputError
 from finetune.export.hub import Access, Pushed, check_access, push
-from finetune.export.hub_client import HubClient
 from finetune.export.hub_contents import Contents, Kind, collect
 from finetune.export.model_card import add_card
 from finetune.export.model_card_licence import find_licences
+from finetune.hub_client import HubClient
 from finetune.recipe.schema import HubSection
 
 _WHAT: dict[Kind, str] = {

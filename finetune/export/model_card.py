@@ -17,7 +17,7 @@ from finetune.export import model_card_sections as sections
 from finetune.export.hub_contents import Contents, Kind
 from finetune.export.model_card_licence import Licences
 from finetune.export.model_card_plot import draw_loss, read_curve
-from finetune.export.model_card_privacy import redact_secrets
+from finetune.privacy import redact_secrets
 
 CARD = "README.md"
 LOSS_PLOT = "loss.svg"

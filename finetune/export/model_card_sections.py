@@ -12,8 +12,8 @@ from typing import Any
 from finetune import __version__
 from finetune.export.hub_contents import Contents
 from finetune.export.model_card_licence import Licences
-from finetune.export.model_card_privacy import redact
 from finetune.export.places import ADAPTER_WEIGHTS
+from finetune.privacy import redact
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.paths import path_values
 from finetune.recipe.schema import LoraSection, Recipe, SourceSection

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import ModelError
-from finetune.export.hub_client import HubClient
 from finetune.files import sha256_file
-from finetune.recipe.hub_address import HUB_SCHEME, parse_address
+from finetune.recipe.hub_address import HUB_SCHEME, parse_address, resolve_repo
 from finetune.run_dir import MERGE_RECORD, RunDir
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-# What an adapter's repository holds; a merged model or a GGUF file beside it is not fetched.
-_ADAPTER_FILES = ("adapter_*", "*.json", "*.yaml", "*.jinja", "*.model", "*.txt", "README.md")
 _EXPORTS = "export"
 
 
@@ -63,32 +59,6 @@ def find_place(given: str | Path) -> RunPlace:
     if run.adapter == real and run.recipe.is_file():
         return RunPlace(text, path, run, run.merged, run.root / _EXPORTS)
     return RunPlace(text, path, None, real.with_name(f"{real.name}-merged"), real.parent / _EXPORTS)
-
-
-def resolve_repo(
-    address: str,
-    *,
-    endpoint: str | None = None,
-    token: str | None = None,
-    patterns: Sequence[str] = _ADAPTER_FILES,
-) -> Path:
-    """The local folder of `hf://ORG/NAME[@REVISION]`, its adapter's files downloaded into the Hub's cache.
-
-    Raises:
-        BadInputError: the address is malformed.
-        FinetuneError: there is no such repository or revision, no access, or no network and nothing cached.
-    """
-    repo_id, revision = parse_address(address)
-    from huggingface_hub import snapshot_download
-
-    client = HubClient(endpoint=endpoint, token=token)
-
-    def download() -> str:
-        return snapshot_download(
-            repo_id, revision=revision, endpoint=endpoint, token=token, allow_patterns=list(patterns), max_workers=4
-        )
-
-    return Path(client.call(repo_id, download))
 
 
 def is_merged(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ from finetune.files import MANIFEST, damage_of, read_manifest
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, token_indices
 from finetune.models.foreign import load_foreign, require_rows
 from finetune.models.load import fit_vocabulary, load_base, load_config, load_tokenizer
-from finetune.models.saved import attach_saved
+from finetune.models.saved import attach_saved, recorded_base
 from finetune.models.shared import mapped_source
 from finetune.models.sources import ModelSource, find_model, fingerprint
 from finetune.recipe.load import load_recipe
 from finetune.recipe.moved import find_files
 from finetune.recipe.schema import DataSection, Recipe
-from finetune.run_dir import FINGERPRINTS, MERGE_RECORD, RunDir
+from finetune.run_dir import MERGE_RECORD, RunDir
 
 # What decoding can use; everything else becomes sdpa.
 _DECODING_ATTENTION = ("eager", "sdpa", "flash_attention_2")
@@ -175,24 +174,6 @@ def require_same_base(adapter: Path, source: ModelSource) -> None:
             f"{found['sha256'][:12]} instead of {recorded['sha256'][:12]} (revision {recorded['revision']}); "
             "bring the old files back, or set model.revision in the run's recipe.yaml"
         )
-
-
-def recorded_base(adapter: Path) -> dict[str, Any]:
-    """Name, revision and sha256 of the base that an adapter was trained on; empty where nothing is recorded.
-
-    Raises:
-        ModelError: the record is damaged.
-    """
-    path = adapter / FINGERPRINTS
-    if not path.is_file():
-        return {}
-    try:
-        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
-    except (OSError, ValueError, AttributeError):
-        raise ModelError(
-            f"{path}: is damaged, so the adapter's base cannot be told; bring it back, or remove it to go on without"
-        ) from None
-    return recorded
 
 
 def load_saved_template(recipe: Recipe, source: ModelSource, adapter: Path | None) -> tuple[Any, ChatTemplate]:

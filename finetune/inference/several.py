@@ -15,10 +15,9 @@ from finetune.inference.load import (
     load_run_base,
     load_run_recipe,
     load_saved_template,
-    recorded_base,
 )
 from finetune.models.load import base_dtype, compute_dtype
-from finetune.models.saved import add_saved, attach_saved, base_tensors, read_config
+from finetune.models.saved import add_saved, attach_saved, base_tensors, read_config, recorded_base
 from finetune.models.sources import ModelSource
 from finetune.recipe.schema import QUANTIZED_4BIT, Recipe
 

@@ -20,6 +20,7 @@ from finetune.console import warn
 from finetune.errors import ModelError, first_line
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base, load_adapter, wrap_base
 from finetune.models.load import resize_vocabulary
+from finetune.run_dir import FINGERPRINTS
 
 PREFIX = "base_model.model."
 # What makes of an adapter more than two matrices a layer, in words; DoRA's magnitudes are known here.
@@ -48,6 +49,24 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: cannot be read as an adapter's configuration: {first_line(error)}") from error
     return dict(settings)
+
+
+def recorded_base(folder: Path) -> dict[str, Any]:
+    """Name, revision and sha256 of the base that an adapter was trained on; empty where nothing is recorded.
+
+    Raises:
+        ModelError: the record is damaged.
+    """
+    path = folder / FINGERPRINTS
+    if not path.is_file():
+        return {}
+    try:
+        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
+    except (OSError, ValueError, AttributeError):
+        raise ModelError(
+            f"{path}: is damaged, so the adapter's base cannot be told; bring it back, or remove it to go on without"
+        ) from None
+    return recorded
 
 
 def unlike_lora(settings: Mapping[str, Any]) -> str | None:

@@ -10,11 +10,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from finetune.console import warn
-from finetune.errors import ModelError, first_line
+from finetune.errors import FinetuneError, ModelError
 from finetune.files import sha256_file
 from finetune.models.adapters import CONFIG_NAME, WEIGHTS_NAME, init_off_the_base, token_indices
-from finetune.models.saved import read_settings, unlike_lora
-from finetune.recipe.hub_address import parse_address
+from finetune.models.saved import read_settings, recorded_base, unlike_lora
+from finetune.recipe.hub_address import resolve_repo
 from finetune.recipe.schema import LoraSection
 from finetune.run_dir import RunDir
 
@@ -108,11 +108,11 @@ def _has_tokens(adapter: LoraSection, tokenizer: Any, folder: Path, config: dict
 
 def compare_base(folder: Path, base: dict[str, Any]) -> None:
     """Warn if the adapter in `folder` was trained on another model than that of the fingerprint `base`, if it says."""
-    try:
-        theirs = json.loads((folder / "fingerprints.json").read_text(encoding="utf-8"))["base"]
-        name, differs = theirs["name"], theirs["sha256"] != base["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    recorded = recorded_base(folder)
+    name = recorded.get("name") or read_settings(folder).get("base_model_name_or_path")
+    if recorded:
+        differs = recorded["sha256"] != base["sha256"]
+    else:
         differs = bool(name) and Path(str(name)).name != Path(str(base["name"])).name
     if differs:
         warn(
@@ -139,17 +139,10 @@ def _folder(given: str) -> Path:
 
 
 def _downloaded(address: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repo_id, revision = parse_address(address)
-    wanted = [CONFIG_NAME, WEIGHTS_NAME, "fingerprints.json"]
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
-    except Exception as error:
-        raise ModelError(
-            f"{KEY}: cannot load {address}: {first_line(error)}\n  Check the name, the network (HF_HUB_OFFLINE, "
-            "HF_ENDPOINT) and, for private repositories, your login (hf auth login)."
-        ) from error
-    if missing := [name for name in wanted[:2] if not (folder / name).is_file()]:
+        folder = resolve_repo(address)
+    except FinetuneError as error:
+        raise ModelError(f"{KEY}: {error}") from error
+    if missing := [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]:
         raise ModelError(f"{KEY}: {address} holds no {missing[0]}, so it is no adapter")
     return folder

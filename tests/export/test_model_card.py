@@ -20,7 +20,7 @@ from finetune.export.hub_contents import Contents, collect
 from finetune.export.model_card import add_card, card_metadata
 from finetune.export.model_card_licence import Licences, find_licences
 from finetune.export.model_card_plot import draw_loss, read_curve
-from finetune.export.model_card_privacy import REMOVED, holds_local_path, holds_secret, redact
+from finetune.privacy import REMOVED, holds_local_path, holds_secret, redact
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import shipped_root

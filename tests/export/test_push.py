@@ -15,14 +15,14 @@ import torch
 import yaml
 from gguf import GGUFType
 
+from finetune import hub_client
 from finetune.cli import main
 from finetune.errors import BadInputError, FinetuneError
-from finetune.export import hub_client
 from finetune.export.hub import check_access, push
 from finetune.export.hub_contents import collect
 from finetune.export.hub_provenance import check_fingerprints, load_provenance
 from finetune.export.hub_publish import PushOptions, check_push, push_recipe, push_run
-from finetune.export.places import resolve_repo
+from finetune.recipe.hub_address import resolve_repo
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import HubSection
 from finetune.training.train import prepare_job
@@ -478,7 +478,7 @@ assert main(["push", run, repo]) == 0
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from finetune.export.places import resolve_repo
+from finetune.recipe.hub_address import resolve_repo
 ids = torch.tensor([[1, 7, 9, 30, 4]])
 tokenizer = AutoTokenizer.from_pretrained(repo)
 messages = [{"role": "user", "content": "count the boats"}]

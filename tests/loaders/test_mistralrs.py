@@ -12,7 +12,7 @@ import pytest
 
 from finetune.export.hub_publish import push_run
 from finetune.export.merge_config import add_old_rope
-from finetune.export.places import resolve_repo
+from finetune.recipe.hub_address import resolve_repo
 from tests.export.push_run import hub
 from tests.hub_double import HubDouble
 from tests.loaders.conftest import Fact

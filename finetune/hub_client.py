@@ -11,7 +11,7 @@ from typing import TypeVar
 from finetune import __version__
 from finetune.console import console, say
 from finetune.errors import FinetuneError
-from finetune.export.model_card_privacy import redact
+from finetune.privacy import redact
 
 T = TypeVar("T")
 
