@@ -93,23 +93,29 @@ def _write_description(path: Path, folder: Path) -> None:
 
 
 def load_gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer of a GGUF file, which cuts numbers as the file says."""
+    """The tokenizer of a GGUF file, which cuts numbers and names its special tokens as the file says."""
+    from gguf import GGUFReader
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    _split_digits(tokenizer, path)
+    reader = GGUFReader(path)
+    _split_digits(tokenizer, reader)
+    # transformers 5.17 takes the first token of a llama's texts for the last one too, and leaves the padding out.
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
     return tokenizer
 
 
-def _split_digits(tokenizer: Any, path: Path) -> None:
+def _split_digits(tokenizer: Any, reader: Any) -> None:
     """Cut numbers into digits where the file's tokenizer does: transformers reads every byte-level one as GPT-2's.
 
     Source: llama.cpp, src/llama-vocab.cpp, the pre-tokenizers that begin with `\\p{N}`.
     """
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    kind = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    kind = reader.get_field("tokenizer.ggml.pre")
     if kind is None or kind.contents() not in ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"):
         return
     rust = tokenizer.backend_tokenizer

@@ -24,7 +24,7 @@ from finetune.recipe.schema import ModelSection
 
 PACKAGE_SCHEME = "package://"
 # Part of the key of a converted model: raise it when the conversion changes.
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 3
 # Hashes of files from this size on are kept, once the file is left alone for so long.
 _LARGE_BYTES = 2**20
 _SETTLED_SECONDS = 2.0

@@ -21,6 +21,7 @@ from finetune.export.gguf_file import new_file
 from finetune.export.gguf_lora import write_lora
 from finetune.export.gguf_model import load_model_config, write_model
 from finetune.export.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name, read_vocabulary
+from finetune.models.gguf_source import load_gguf_tokenizer
 from tests.tiny import CONFIGS, SIZES, SWIGLU
 from tests.tiny import write_model as write_tiny
 
@@ -100,16 +101,14 @@ def test_transformers_reads_the_same_model_back(models: dict[str, Path], name: s
     torch.testing.assert_close(back, logits(models[name]), rtol=1e-4, atol=1e-4)
 
 
-def test_transformers_reads_the_same_tokenizer_back(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_same_tokenizer_is_read_back(models: dict[str, Path], tmp_path: Path) -> None:
     write_model(models["llama"], tmp_path / "model.gguf", "f32", "tiny")
-    back, own = (
-        AutoTokenizer.from_pretrained(models["llama"]),
-        AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf"),
-    )
+    back, own = AutoTokenizer.from_pretrained(models["llama"]), load_gguf_tokenizer(tmp_path / "model.gguf")
     text = "the fox counts 12 boats<|im_end|>\nnow"
     assert back(text).input_ids == own(text).input_ids
     assert back.chat_template == own.chat_template
     assert (back.bos_token_id, back.eos_token_id) == (own.bos_token_id, own.eos_token_id) == (1, 2)
+    assert back.pad_token_id == own.pad_token_id == 2
 
 
 @pytest.mark.parametrize(
