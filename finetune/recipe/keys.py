@@ -142,7 +142,9 @@ def _describe_bounds(node: dict[str, Any]) -> str:
         low = f" from {_number(node['minimum'])}"
     if "exclusiveMaximum" in node:
         return f"{low} and below {_number(node['exclusiveMaximum'])}"
-    return f"{low} to {_number(node['maximum'])}" if "maximum" in node else low
+    if "maximum" not in node:
+        return low
+    return f"{low}{', at most' if 'exclusiveMinimum' in node else ' to'} {_number(node['maximum'])}"
 
 
 def _number(bound: float) -> str:

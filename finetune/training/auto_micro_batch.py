@@ -18,6 +18,7 @@ from finetune.data.batches import MicroBatch, packed_batch, padded_batch
 from finetune.data.packing import PackedGroup, PackedRow
 from finetune.errors import BadInputError, FinetuneError
 from finetune.kernels.attention import packed_row
+from finetune.kernels.lora import unchanged_adapters
 from finetune.machine import is_out_of_memory
 from finetune.models.fused import forget_pending
 from finetune.training.module import FinetuneModule
@@ -144,7 +145,7 @@ def _forward_backward(module: FinetuneModule, micro: MicroBatch) -> None:
     states = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(2)]
     module.gradients.attach()
     micro = micro.to(module.device)
-    with packed_row(micro.layout):
+    with packed_row(micro.layout), unchanged_adapters():
         module.loss_model(micro).backward()
     del states
 
