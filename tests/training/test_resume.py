@@ -17,6 +17,7 @@ from finetune.data import template
 from finetune.inference.load import load_run
 from finetune.models.adapters import WEIGHTS_NAME
 from finetune.recipe.load import load_recipe
+from finetune.training import train
 from finetune.training.checkpoint import STATE
 from finetune.training.metrics import read_metrics
 from finetune.training.resume import changed_keys
@@ -208,7 +209,8 @@ def test_a_run_keeps_the_date_that_its_template_prints(
         def today(cls) -> datetime.date:  # type: ignore[override]
             return datetime.date(2026, 1, cls.day_of_month)
 
-    monkeypatch.setattr(template, "datetime", SimpleNamespace(**{**vars(datetime), "date": Day}))
+    for module in (template, train):
+        monkeypatch.setattr(module, "datetime", SimpleNamespace(**{**vars(datetime), "date": Day}))
     dated = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
     sections = {
         "checkpoint": EVERY_STEP,
