@@ -46,12 +46,12 @@ demo: $(STAMP) ## Fine-tune SmolLM2-135M on a laptop's CPU, offline
 	$(BIN)/finetune run recipes/smollm2_135m_tickets.yaml
 
 # Two processes of one thread each: OpenMP threads of two processes on two cores wait for each other. The tests of a
-# file share what it has set up, so they stay together. Those that are timed, measured, or take all cores (the demo among
-# them) run alone. Exit code 5: a choice in PYTEST left nothing to run.
+# file share what it has set up, so they stay together. The slow tests (the demo among them) are timed or large and run
+# alone. Exit code 5: a choice in PYTEST left nothing to run.
 test: lint ## Lint, then run the tests (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		-m "not gpu and not loaders and not alone" $(PYTEST) || test $$? = 5
-	$(BIN)/python -m pytest -n 0 -m "alone and not gpu and not loaders" $(PYTEST) || test $$? = 5
+		-m "not gpu and not loaders and not slow" $(PYTEST) || test $$? = 5
+	$(BIN)/python -m pytest -n 0 -m "slow and not gpu and not loaders" $(PYTEST) || test $$? = 5
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

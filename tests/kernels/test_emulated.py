@@ -37,7 +37,6 @@ def has_amx() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(has_amx(), reason="the kernels for AMX are what runs here anyway")
 @pytest.mark.skipif(not can_emulate(), reason="needs g++ on Linux and a processor with AVX2")
 def test_the_kernels_for_amx_hold_in_software() -> None:
