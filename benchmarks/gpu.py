@@ -45,17 +45,24 @@ ANSWER = (math.log(42), 0.9)
 LONGEST = 700
 
 
-def write_model(folder: Path, shape: dict[str, Any], device: str) -> None:
-    """A Falcon of `shape` in bf16, drawn on `device`, in files of about 4 GB."""
+def outline_model(folder: Path, shape: dict[str, Any]) -> Any:
+    """Write the configuration of a Falcon of `shape` in bf16; the model, without values."""
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, FalconConfig
 
     config = FalconConfig(**shape, bos_token_id=1, eos_token_id=1, pad_token_id=1, dtype="bfloat16")
     config.architectures = ["FalconForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def write_model(folder: Path, shape: dict[str, Any], device: str) -> None:
+    """A Falcon of `shape` in bf16, drawn on `device`, in files of about 4 GB."""
+    import torch
+    from safetensors.torch import save_file
+
+    model = outline_model(folder, shape)
     index: dict[str, str] = {}
     shard: dict[str, Any] = {}
     torch.manual_seed(0)

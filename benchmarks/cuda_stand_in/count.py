@@ -84,16 +84,9 @@ def symbols(which: str, path: Path) -> list[str]:
     return [line.split()[-1].split("@")[0] for line in run("nm", table, which, str(path)).splitlines()]
 
 
-def write_sparse_model(folder: Path, shape: dict[str, Any], _device: str = "cuda") -> None:
+def write_sparse_model(folder: Path, shape: dict[str, Any]) -> None:
     """As `gpu.write_model`, but weights are holes in a file: nothing reads them."""
-    import torch
-    from transformers import AutoModelForCausalLM, FalconConfig
-
-    config = FalconConfig(**shape, bos_token_id=1, eos_token_id=1, pad_token_id=1, dtype="bfloat16")
-    config.architectures = ["FalconForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = gpu.outline_model(folder, shape)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, parameter in model.named_parameters():
