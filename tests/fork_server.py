@@ -114,13 +114,16 @@ class ForkedRun:
 
 
 class ForkServer:
-    """Starts runs, one at a time; `environment` is what it imports the libraries under, instead of this process's."""
+    """Starts runs of `threads` threads, one at a time.
 
-    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
+    `environment` is what it imports the libraries under, instead of this process's.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None, threads: int = 1) -> None:
         self._folder, self._count = folder, 0
         self._last: ForkedRun | None = None
         root = str(Path(__file__).resolve().parents[1])
-        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        own = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": root}
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **own} if environment is None else {**environment, **own}
         command = [sys.executable, "-m", "tests.fork_server"]
         pipe = subprocess.PIPE

@@ -118,13 +118,12 @@ def _is_usable(folder: Path) -> bool:
 def _prepare(place: RunPlace, base: str | None, dtype: str | None) -> tuple[Merge, Any]:
     """The planned merge and the chat template, nothing of the model loaded."""
     from finetune.export.merge import Merge, choose_base
-    from finetune.inference.load import find_run, load_run_recipe, load_saved_template, require_same_base
+    from finetune.inference.load import find_run, load_run_recipe, load_saved_template
 
     recipe_path, adapter = find_run(place.folder)
     if adapter is None:
         raise ModelError(f"{place.given}: holds no adapter and no whole checkpoint; train first: finetune run RECIPE")
     recipe, source = load_run_recipe(recipe_path, adapter)
-    require_same_base(adapter, source)
     tokenizer, template = load_saved_template(recipe, source, adapter)
     chosen = choose_base(recipe, base or recipe.merge.base)
     merge = Merge(recipe, source, adapter, tokenizer, template.stop_token_ids, chosen, dtype or recipe.merge.dtype)

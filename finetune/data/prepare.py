@@ -27,7 +27,7 @@ from finetune.data.ledger import (
 )
 from finetune.data.masking import MALFORMED, Chunk, Encoder
 from finetune.data.shares import Opened, choose_validation, train_set, validation_set
-from finetune.data.sources import RawRow, Source, columns_of, open_source, unused_columns
+from finetune.data.sources import RawRow, Source, columns_of, held_out_names, open_source, unused_columns
 from finetune.data.template import ChatTemplate, added_tokens, backend, bos_habit, special_tokens_of
 from finetune.data.workers import encode_stream
 from finetune.errors import DataError
@@ -98,6 +98,9 @@ def prepare_data(
         _open(section, data, tokenizer, template, f"data.sources[{index}]", "train", ledger)
         for index, section in enumerate(data.sources)
     ]
+    for each in opened:
+        if names := held_out_names(each.source):
+            warn(f"{each.source.title}: {', '.join(names)} is trained on as well; a glob in path leaves it out")
     held_out = None
     if data.validation.source is not None:
         held_out = _open(

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.console import say
 from finetune.data.formats import Conversation, Fields, RowError, check_text, check_unicode, load_line, prompt_messages
-from finetune.data.sources import READERS
+from finetune.data.readers import READERS
 from finetune.errors import DataError
 
 

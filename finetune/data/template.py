@@ -31,6 +31,9 @@ _PROBE_ANSWER = "finetune probe answer"
 _PROBE_CALL: Message = {"type": "function", "id": "finetune0", "function": {"name": "finetune_probe", "arguments": {}}}
 # What an assistant's turn may hold beside its content: calls of tools, and its thoughts as servers name them.
 _BESIDE_TEXT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# What a template is handed with every conversation, and a variable that the recipe has set before all else.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+_SET = re.compile(r'\{%- set (\w+) = (?:true|false|[-+.\deE]+|"(?:[^"\\]|\\.)*") %\}')
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
@@ -64,7 +67,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Chat
     name, source = _find_source(tokenizer, data)
     if name == "chatml":
         source = _chatml_for(tokenizer, source)
-    source = _with_variables(source, data.template_variables)
+    source = _with_variables(name, source, data.template_variables)
     has_bos_habit = bos_habit(tokenizer)
     special = dict(tokenizer.special_tokens_map)
     prompt = _probe(name, source, special, [_user()], add_generation_prompt=True)
@@ -258,12 +261,25 @@ def _chatml_for(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     return source.replace("'<|im_end|>'", "eos_token")
 
 
-def _with_variables(source: str, variables: Mapping[str, bool | int | float | str]) -> str:
-    """`source` with `variables` set before all else: a server that is told nothing renders the same."""
+def _with_variables(name: str, source: str, variables: Mapping[str, bool | int | float | str]) -> str:
+    """`source` with `variables` set before all else: a server that is told nothing renders the same.
+
+    Raises:
+        DataError: the template `name` asks for no such variable.
+    """
+    kept, body = "", source
+    while earlier := _SET.match(body):  # a base that was trained with values of its own
+        kept += "" if earlier[1] in variables else earlier[0]
+        body = body[earlier.end() :]
+    for variable in variables:
+        if variable in _GIVEN or not re.search(rf"\b{variable}\b", body):
+            why = "is given anew with every conversation" if variable in _GIVEN else "does not occur in it"
+            raise DataError(
+                f"data.template_variables: the chat template ({name}) cannot be told {variable}, which {why}."
+            )
     words = {True: "true", False: "false"}
     values = {name: words[value] if isinstance(value, bool) else json.dumps(value) for name, value in variables.items()}
-    lines = "".join(f"{{%- set {name} = {value} %}}" for name, value in values.items())
-    return source if source.startswith(lines) else lines + source
+    return "".join(f"{{%- set {name} = {value} %}}" for name, value in values.items()) + kept + body
 
 
 def _user() -> Message:

@@ -142,7 +142,7 @@ def load_run_recipe(recipe_path: Path | None, adapter: Path | None) -> tuple[Rec
 
     Raises:
         RecipeError: the recipe cannot be used.
-        ModelError: the base cannot be found, or one was found under its name that is another.
+        ModelError: the base cannot be found, or is another than the adapter was trained on.
     """
     if recipe_path is None:
         assert adapter is not None
@@ -156,12 +156,12 @@ def load_run_recipe(recipe_path: Path | None, adapter: Path | None) -> tuple[Rec
             )
     recipe = load_recipe(recipe_path, moved)
     source = find_model(recipe.model)
-    if adapter is not None and any(override.startswith("model.name=") for override in moved):
-        require_same_base(adapter, source)
+    if adapter is not None:
+        _require_same_base(adapter, source)
     return recipe, source
 
 
-def require_same_base(adapter: Path, source: ModelSource) -> None:
+def _require_same_base(adapter: Path, source: ModelSource) -> None:
     """Compare the base at hand with the one that the adapter was trained on, where that is recorded.
 
     Raises:

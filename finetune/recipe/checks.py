@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from finetune.recipe.lines import KeyPath
 from finetune.recipe.overrides import Problem
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import OptimizerSection, Recipe
 
 TEMPLATES = ("auto", "alpaca", "chatml", "plain")  # the files of finetune/data/templates, and auto
 # Source: PEFT, peft.utils.constants.EMBEDDING_LAYER_NAMES, and the names of the common architectures.
@@ -71,6 +71,16 @@ def _has_row_shorter_than_sample(recipe: Recipe) -> bool:
 def _is_unknown_template(recipe: Recipe) -> bool:
     template = recipe.data.template
     return template not in TEMPLATES and not template.endswith((".jinja", ".jinja2"))
+
+
+def _has_no_moments(recipe: Recipe) -> bool:
+    optimizer = recipe.training.optimizer
+    return optimizer.name == "adafactor" and optimizer.betas != OptimizerSection().betas
+
+
+def _adds_no_eps(recipe: Recipe) -> bool:
+    optimizer = recipe.training.optimizer
+    return optimizer.name in ("lion", "paged_lion_8bit", "adafactor") and optimizer.eps != OptimizerSection().eps
 
 
 CHECKS: tuple[Check, ...] = (
@@ -201,6 +211,22 @@ CHECKS: tuple[Check, ...] = (
         "{value} is out of range; each is a number from 0 and below 1, e.g. [0.9, 0.999]",
     ),
     Check(
+        "training.optimizer.betas",
+        _has_no_moments,
+        "{value} has no effect on {recipe.training.optimizer.name}; remove it, or use adamw",
+    ),
+    Check(
+        "training.optimizer.eps",
+        _adds_no_eps,
+        "{value} has no effect on {recipe.training.optimizer.name}; remove it, or use adamw",
+    ),
+    Check(
+        "training.schedule.min_lr_share",
+        lambda r: r.training.schedule.min_lr_share > 0 and r.training.schedule.name == "constant",
+        "{value} has no effect on schedule {recipe.training.schedule.name}, which never falls; remove it, or use "
+        "cosine or linear",
+    ),
+    Check(
         "training.schedule.warmup_steps",
         _warms_up_forever,
         "{value} steps of warm-up do not end before training.max_steps ({recipe.training.max_steps}); lower it",
@@ -249,6 +275,11 @@ CHECKS: tuple[Check, ...] = (
         "checkpoint.final",
         lambda r: r.checkpoint.final == "best" and r.evaluation.every_steps is None,
         "{value}, but validation loss is never measured while training; set evaluation.every_steps, e.g. 50",
+    ),
+    Check(
+        "logging.log_adapter",
+        lambda r: r.logging.log_adapter and set(r.logging.trackers).isdisjoint(("wandb", "trackio")),
+        "{value}, but logging.trackers names none that keeps files; add wandb or trackio, or remove log_adapter",
     ),
     Check(
         "hub.push",

@@ -89,6 +89,22 @@ def test_fm29_a_row_that_the_template_refuses(tokenizer_of: Tokenizers, section:
         prepare(tokenizer_of("gemma"), section([chat("a", "b"), row]))
 
 
+def test_test_rows_in_a_folder_of_training_rows_are_pointed_out(
+    tokenizer_of: Tokenizers, section: Sections, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    section(many(2), name="set/train-00000-of-00001.jsonl")
+    for name, expected in (("contest.jsonl", None), ("test-00000-of-00001.jsonl", "test-00000-of-00001.jsonl")):
+        section(many(2), name=f"set/{name}")
+        prepared, _ = prepare(tokenizer_of("llama3"), section(source={"path": str(folder)}))
+        err = capsys.readouterr().err
+        assert ("is trained on as well" in err) is (expected is not None) and (expected or "") in err
+    assert len(prepared.train) == 6
+    prepare(tokenizer_of("llama3"), section(source={"path": str(folder / "test*")}))
+    assert "is trained on as well" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_an_empty_data_set(content: str, tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(content)

@@ -102,6 +102,14 @@ def test_what_is_missing_is_named(path: str, message: str, tmp_path: Path) -> No
         read(path.format(tmp_path))
 
 
+@pytest.mark.parametrize("key", ["split", "name", "revision"])
+def test_a_hub_data_sets_key_beside_a_file_is_refused(key: str, tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(DataError, match=rf"here\.{key}: 'test' picks from a hub data set, but .* remove {key}"):
+            open_source(SourceSection(path=str(path), **{key: "test"}), "here")
+
+
 def test_a_folder_of_several_kinds(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.txt").write_text("x")

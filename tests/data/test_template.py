@@ -204,6 +204,23 @@ def test_template_variables_are_set_in_the_saved_template(tokenizer_of: Tokenize
     assert trained == served == plain + "<think></think>kind\n"
 
 
+def test_template_variables_that_say_nothing_to_the_template(tokenizer_of: Tokenizers, section: Sections) -> None:
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = own = tokenizer.chat_template + "{% if enable_thinking %}<think>{% endif %}{{ tone }}"
+    for name, why in (("enable_thinkng", "does not occur in it"), ("messages", "is given anew with every")):
+        with pytest.raises(
+            DataError, match=rf"data.template_variables: .*\(tokenizer\) cannot be told {name}, .*{why}"
+        ):
+            load_template(tokenizer, section([], template_variables={name: False}))
+    assert tokenizer.chat_template == own
+    # A base that was trained with other values: the new ones are not set before the old, which would win.
+    load_template(tokenizer, section([], template_variables={"enable_thinking": False, "tone": 'a "b" %} c'}))
+    load_template(tokenizer, section([], template_variables={"enable_thinking": True}))
+    assert tokenizer.chat_template == ("{%- set enable_thinking = true %}" + '{%- set tone = "a \\"b\\" %} c" %}' + own)
+    message = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False).endswith('<think>a "b" %} c')
+
+
 def test_a_printed_date_is_the_recipes(tokenizer_of: Tokenizers, section: Sections) -> None:
     tokenizer = tokenizer_of("llama3")
     tokenizer.chat_template = own = print_today(tokenizer.chat_template)

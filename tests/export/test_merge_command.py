@@ -175,8 +175,9 @@ def test_a_base_that_has_changed_is_refused(own_run: Path, tmp_path: Path, capsy
     fingerprints = json.loads(path.read_text())
     fingerprints["base"]["sha256"] = "0" * 64
     path.write_text(json.dumps(fingerprints))
-    assert main(["merge", str(own_run)]) == 2
-    assert "is not the base that the adapter was trained on" in capsys.readouterr().err
+    for verb in (["merge"], ["evaluate"], ["generate", "--prompt", "count"]):
+        assert main([verb[0], str(own_run), *verb[1:]]) == 2
+        assert "is not the base that the adapter was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

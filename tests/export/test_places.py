@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from gguf import GGUFReader
 
 from finetune.cli import main
@@ -121,8 +122,11 @@ def test_a_stale_merged_model_is_pointed_out(run: Path, hub: HubDouble, capsys: 
 
 @pytest.fixture
 def server(hub: HubDouble, tmp_path: Path) -> Iterator[ForkServer]:
-    """Runs of the command that take the double for the Hub, `home` for a user's home."""
-    server = ForkServer(tmp_path, hub.environment(TOKEN, tmp_path / "home"))
+    """Runs of the command that take the double for the Hub, `home` for a user's home.
+
+    As many threads as here: on some processors a sum's last bits depend on their number, and a run is made again.
+    """
+    server = ForkServer(tmp_path, hub.environment(TOKEN, tmp_path / "home"), torch.get_num_threads())
     yield server
     server.close()
 

@@ -56,7 +56,9 @@ def test_what_follows_a_run_from_an_empty_cache_is_accepted(
     write_model(tmp_path / "files", "llama", seed=1)
     add_commit(hub, {"model.safetensors": (tmp_path / "files" / "model.safetensors").read_bytes()})
     assert "the base model acme/base: its files are others than at the checkpoint" in err("run", str(recipe), code=2)
-    assert "is not the base that the adapter was trained on" in err("merge", str(run), code=2)
+    for verb in (["merge"], ["evaluate"], ["generate", "--prompt", "count"]):
+        said = err(verb[0], str(run), *verb[1:], code=2)
+        assert "is not the base that the adapter was trained on" in said and "set model.revision" in said
 
 
 def test_an_adapter_names_its_base_on_the_hub_and_no_copy_of_this_machine(

@@ -78,6 +78,17 @@ REFUSED = [
     (["training.optimizer.betas=[0.9, 1.0]"], "training.optimizer.betas", "[0.9, 1.0] is out of range"),
     (["training.optimizer.betas=[-0.1, 0.9]"], "training.optimizer.betas", "from 0 and below 1"),
     (
+        ["training.optimizer.name=adafactor", "training.optimizer.betas=[0.9, 0.95]"],
+        "training.optimizer.betas",
+        "no effect on adafactor",
+    ),
+    (["training.optimizer.name=lion", "training.optimizer.eps=1e-6"], "training.optimizer.eps", "no effect on lion"),
+    (
+        ["training.schedule.name=constant", "training.schedule.min_lr_share=0.1"],
+        "training.schedule.min_lr_share",
+        "no effect on schedule constant",
+    ),
+    (
         ["training.max_steps=10", "training.schedule.warmup_steps=10"],
         "training.schedule.warmup_steps",
         "do not end before training.max_steps (10)",
@@ -108,6 +119,7 @@ REFUSED = [
         "never measured while training",
     ),
     (["checkpoint.final=best"], "checkpoint.final", "best, but validation loss is never measured"),
+    (["logging.log_adapter=true", "logging.trackers=[tensorboard]"], "logging.log_adapter", "add wandb or trackio"),
     (["hub.push=true"], "hub.push", "set hub.repo_id"),
 ]
 
