@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.console import console, say
+from finetune.console import console, say, warn
 from finetune.data.formats import FORMATS, RowError, load_line
 from finetune.data.readers import READERS, arrow_row
 from finetune.distributed import is_rank_zero
@@ -72,7 +72,7 @@ def open_source(section: SourceSection, where: str) -> Source:
     files = _find_files(section.path, where)
     if files is None:
         return _open_hub(section, where)
-    _refuse_hub_keys(section, where)
+    _warn_of_hub_keys(section, where)
     names = tuple(str(file) for file in files)
     digest, hint = hashlib.sha256(), 0
     for file in files:
@@ -91,15 +91,12 @@ def open_source(section: SourceSection, where: str) -> Source:
     return Source(where, section.path, kind, names, digest.hexdigest(), hint, rows)
 
 
-def _refuse_hub_keys(section: SourceSection, where: str) -> None:
-    """A split of files would be all of them."""
+def _warn_of_hub_keys(section: SourceSection, where: str) -> None:
+    """Where a path alone has replaced a hub data set's id, as an override does."""
     for key in ("split", "name", "revision"):
         value = getattr(section, key)
         if value != type(section).model_fields[key].default:
-            raise DataError(
-                f"{where}.{key}: {value!r} picks from a hub data set, but {section.path} is a file or folder here, of "
-                f"which everything is read; remove {key}, and let path name the files that are meant."
-            )
+            warn(f"{where}.{key}: {value!r} picks from a hub data set; of {section.path}, which is here, all is read")
 
 
 def path_key(where: str) -> str:

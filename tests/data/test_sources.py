@@ -102,12 +102,15 @@ def test_what_is_missing_is_named(path: str, message: str, tmp_path: Path) -> No
         read(path.format(tmp_path))
 
 
-@pytest.mark.parametrize("key", ["split", "name", "revision"])
-def test_a_hub_data_sets_key_beside_a_file_is_refused(key: str, tmp_path: Path) -> None:
+def test_hub_keys_beside_a_file_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "train.jsonl", ROWS)
     for path in (tmp_path, tmp_path / "train.jsonl"):
-        with pytest.raises(DataError, match=rf"here\.{key}: 'test' picks from a hub data set, but .* remove {key}"):
-            open_source(SourceSection(path=str(path), **{key: "test"}), "here")
+        open_source(SourceSection(path=str(path)), "here")
+        assert not capsys.readouterr().err
+        open_source(SourceSection(path=str(path), split="test", name="main", revision="v1"), "here")
+        err = capsys.readouterr().err
+        for said in ("here.split: 'test'", "here.name: 'main'", "here.revision: 'v1'"):
+            assert f"warning: {said} picks from a hub data set; of {path}, which is here, all is read" in err
 
 
 def test_a_folder_of_several_kinds(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from finetune.cli import main
 from finetune.inference.load import load_run
 from finetune.inference.several import load_adapters
+from finetune.models.sources import ModelSource, fingerprint
 
 IDS = torch.tensor([[256, *range(30)]])
 MakeRun = Callable[..., tuple[Path, Any]]
@@ -85,11 +87,14 @@ def test_generate_answers_with_each_in_order(make_run: MakeRun, tmp_path: Path, 
 def test_another_base_is_refused_by_both_names(
     make_run: MakeRun, base_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
+    another = shutil.copytree(base_folder, tmp_path / "another")
+    config = json.loads((another / "config.json").read_text())
+    (another / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     plain, _ = make_run("adapter", name="plain")
-    other, _ = make_run("adapter", name="other")
+    other, _ = make_run("adapter", name="other", model={"name": str(another)})
     quantized, _ = make_run("adapter", name="quantized", model={"name": str(base_folder), "quantization": "nf4"})
-    for run, sha256 in ((plain, "a" * 64), (other, "b" * 64)):
-        base = {"name": f"acme/{run.name}", "revision": None, "sha256": sha256}
+    for run, folder in ((plain, base_folder), (other, another)):
+        base = fingerprint(ModelSource(str(folder), str(folder), None))
         (run / "adapter" / "fingerprints.json").write_text(json.dumps({"base": base}))
     for given, part in ((other, "(float32)"), (quantized, "(nf4 of float32, computed in bf16)")):
         assert main(["generate", str(plain), "--adapter", str(given), "--prompt", "x"]) == 2

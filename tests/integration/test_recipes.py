@@ -43,7 +43,8 @@ def slice_of(name: str, folder: Path) -> tuple[Path, list[str]]:
 def overrides_for(name: str, folder: Path) -> list[str]:
     recipe = load_recipe(RECIPES[name])
     architecture = next(value for key, value in ARCHITECTURES.items() if name.startswith(key))
-    template = CHATML if recipe.data.template == "auto" else None
+    asked = "".join(f"{{{{- '' if {variable} is defined }}}}" for variable in recipe.data.template_variables)
+    template = asked + CHATML if recipe.data.template == "auto" else None
     model = write_model(folder / "model", architecture, template=template)
     _, sources = slice_of(name, folder)
     if recipe.evaluation.source is None:
