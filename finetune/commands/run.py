@@ -335,7 +335,7 @@ def _record_training(run_dir: RunDir, job: Job, state: RunState) -> None:
         "ends_with": _ending(job.recipe),
         "skipped_steps": state.num_skipped_steps,
         "tokens": state.tokens,
-        "seconds": round(state.seconds, 1),
+        "seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.tokens / max(1e-9, state.seconds), 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "world_size": job.placement.world_size,

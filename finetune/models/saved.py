@@ -104,6 +104,8 @@ def read_config(folder: Path) -> LoraConfig:
     except Exception as error:
         raise ModelError(f"{folder / CONFIG_NAME}: cannot be read as a LoRA adapter: {first_line(error)}") from error
     config.inference_mode, config.task_type = False, "CAUSAL_LM"
+    # PEFT would warn that the base is another one wherever a converted copy of it is loaded.
+    config.base_model_name_or_path = None
     return config
 
 

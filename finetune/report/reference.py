@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from finetune.recipe.keys import flatten
-from finetune.recipe.lines import YamlError, parse_yaml
+from finetune.recipe.lines import KeyPath, YamlError, parse_yaml
 from finetune.recipe.schema import Recipe
 from finetune.report import numbers
 from finetune.report.page import code, pairs_table, table
@@ -141,14 +141,35 @@ def _changed_lines(run: RunFiles) -> set[int]:
     for path, value in flatten(run.recipe).items():
         pieces = tuple(path.split("."))
         generic = ".".join("0" if piece.isdecimal() else piece for piece in pieces)
-        if known.get(generic, ()) == value:
+        if generic in known and known[generic] == value:
             continue
-        changed.update(lines[pieces[:depth]] for depth in range(1, len(pieces) + 1) if pieces[:depth] in lines)
+        # A name of the recipe's own may hold dots: all of the mapping is taken then.
+        while pieces and pieces not in lines:
+            pieces = pieces[:-1]
+        if pieces:
+            changed.update(lines[pieces[:depth]] for depth in range(1, len(pieces)))
+            changed.update(_lines_of(pieces, lines, num_lines=len(run.recipe_text.splitlines())))
     return changed
 
 
+def _lines_of(path: KeyPath, lines: dict[KeyPath, int], *, num_lines: int) -> range:
+    """All lines of one value: up to the next key that does not stand below it."""
+    others = (line for other, line in lines.items() if other[: len(path)] != path and line > lines[path])
+    return range(lines[path], min(others, default=num_lines + 1))
+
+
 def default_values() -> dict[str, Any]:
-    """The default of every key that has one, by its dotted name."""
-    needed: dict[str, Any] = {"name": "x", "model": {"name": "x"}, "data": {"sources": [{"path": "x"}]}, "training": {}}
-    values = flatten(Recipe.model_validate(needed).model_dump(mode="json"))
-    return {key: value for key, value in values.items() if key not in ("name", "model.name", "data.sources.0.path")}
+    """The default of every key that has one, by its dotted name; those within sections that may be null too."""
+    source = {"path": "x"}
+    needed: dict[str, Any] = {"name": "x", "model": {"name": "x"}, "data": {"sources": [source]}, "training": {}}
+    optional = {
+        **needed,
+        "data": {"sources": [source], "validation": {"source": source}},
+        "evaluation": {"source": source, "early_stopping": {}},
+    }
+    values = {
+        key: value
+        for recipe in (optional, needed)
+        for key, value in flatten(Recipe.model_validate(recipe).model_dump(mode="json")).items()
+    }
+    return {key: value for key, value in values.items() if key != "name" and not key.endswith((".path", "model.name"))}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,16 @@ def test_the_final_adapter_is_loaded_whole(make_run: MakeRun) -> None:
     assert loaded.template.stop_token_ids == (257,)
     torch.testing.assert_close(logits(loaded.model), logits(trained))
     assert not torch.allclose(logits(loaded.model), logits(build_llama()), atol=0.1)
+
+
+def test_a_base_that_is_loaded_from_its_converted_copy_is_no_warning(make_run: MakeRun, recwarn: Any) -> None:
+    """What PEFT compares is the name in the adapter's file and the path that was loaded."""
+    run, _ = make_run("adapter")
+    settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "org/base"
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    load_run(run)
+    assert not [warning for warning in recwarn if "base_model_name_or_path" in str(warning.message)]
 
 
 def test_without_it_the_newest_whole_checkpoint_is(make_run: MakeRun) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from finetune.errors import BadInputError
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
 from finetune.report.html import write_report
 from finetune.report.reference import default_values
 from finetune.report.run_files import open_run
@@ -162,6 +167,21 @@ def test_what_was_chosen_in_the_recipe_stands_out(tmp_path: Path) -> None:
     chosen = html.split("What differs from the defaults")[1].split("</pre>")[0]
     assert "quantization: nf4" in chosen and "lr: 0.002" in chosen and "double_quant" not in chosen
     assert default_values()["training.optimizer.lr"] == 2e-4
+
+
+def test_what_was_chosen_is_the_whole_recipe_again_when_it_is_copied(tmp_path: Path) -> None:
+    """Text over several lines, lists, names with dots, and sections that may be null."""
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"system": "Extract the ticket as JSON; copy values. " * 4, "validation": {"size": 0.1}},
+        "adapter": {"rank_pattern": {"layers.0.self_attn.q_proj": 4}, "target_modules": ["q_proj", "v_proj"]},
+        "evaluation": {"source": {"path": "/data/test.jsonl"}, "early_stopping": {"patience": 5}},
+    }
+    run_dir = write_run(tmp_path, **sections)
+    html = report_of(run_dir).split("What differs from the defaults")[1].split("</pre>")[0]
+    chosen = unescape(re.sub(r"<[^>]+>", "", html.split("<pre")[1].split(">", 1)[1]))
+    assert Recipe.model_validate(yaml.safe_load(chosen)) == load_recipe(run_dir.recipe)
+    for left in ("double_quant", "min_delta", "split:", "revision:"):
+        assert left not in chosen
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
