@@ -349,3 +349,12 @@ def test_copying_does_not_overwrite(
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["demo.yaml"]
     assert cli.main(["recipes", "copy", "demo", str(tmp_path), "--force"]) == 0
     assert load_recipe(tmp_path / "demo.yaml").name == "demo"
+
+
+def test_the_help_of_bench_names_its_variants_unbroken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    assert len(re.findall(r"\bshared_prefix\b", capsys.readouterr().out)) == 2

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=",".join(DEFAULT_VARIANTS),
         metavar="A,B,...",
         help=f"what is compared, the first being 1.00: {', '.join(VARIANTS)}, any key.sub=value, or several joined "
-        "by +; default: %(default)s",
+        f"by +; default: {', '.join(DEFAULT_VARIANTS)}",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write a torch profiler trace of each variant")

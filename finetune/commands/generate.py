@@ -33,8 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file",
         type=Path,
-        help="one prompt per line of a text file; or rows of a .jsonl, .json, .csv, .tsv or .parquet file: strings, "
-        '{"prompt": …}, or {"messages": […]}, which may have "tools": […] and whose last answer is left out',
+        help="one prompt per line of a text file; or rows of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file: "
+        'strings, {"prompt": …}, or {"messages": […]}, which may have "tools": […] and whose last answer is left out',
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="default: the recipe's")
