@@ -195,9 +195,39 @@ def require_names(base: Any, adapter: LoraSection) -> None:
     build_config(base, adapter.model_copy(update={"trainable_tokens": []}), None)
     names, candidates = [name for name, _ in base.named_modules()], linear_names(base)
     _require_modules("adapter.exclude_modules", adapter.exclude_modules, names, candidates)
+    _require_layers("adapter.exclude_modules", adapter.exclude_modules, base)
     _require_tokens_of_their_own(base, adapter)
-    _require_matches("adapter.rank_pattern", adapter.rank_pattern, names, candidates)
-    _require_matches("adapter.alpha_pattern", adapter.alpha_pattern, names, candidates)
+    targeted = _targeted(base, adapter)
+    _require_matches("adapter.rank_pattern", adapter.rank_pattern, names, candidates, targeted)
+    _require_matches("adapter.alpha_pattern", adapter.alpha_pattern, names, candidates, targeted)
+
+
+def _require_layers(key: str, wanted: Iterable[str], base: Any) -> None:
+    """PEFT leaves out a module of just that name: what it holds keeps its adapters."""
+    for target in wanted:
+        found = [module for name, module in base.named_modules() if _is_named(name, target)]
+        if all(list(module.children()) for module in found):
+            layers = [f"{target}.{name}" for name, module in found[0].named_modules() if _is_linear(module)]
+            raise ModelError(
+                f"{key}: {target} is no layer but holds some, and would leave none of them out; "
+                f"name the layers: {', '.join(layers)}"
+            )
+
+
+def _targeted(base: Any, adapter: LoraSection) -> list[str]:
+    """Names of the modules that get an adapter; of experts all, whose parameters PEFT may take for layers."""
+    head, targets = base.get_output_embeddings(), text_targets(base, adapter.target_modules)
+    found = []
+    for name, module in base.named_modules():
+        if any(_is_named(name, excluded) for excluded in adapter.exclude_modules):
+            continue
+        if targets == "all-linear":
+            is_target = _is_linear(module) and module is not head
+        else:
+            is_target = any(_is_named(name, target) for target in targets)
+        if is_target or any(parameter.ndim > 2 for parameter in module.parameters(recurse=False)):
+            found.append(name)
+    return found
 
 
 def _require_tokens_of_their_own(base: Any, adapter: LoraSection) -> None:
@@ -213,15 +243,22 @@ def _require_tokens_of_their_own(base: Any, adapter: LoraSection) -> None:
         )
 
 
-def _require_matches(key: str, patterns: Iterable[str], names: list[str], candidates: list[str]) -> None:
-    """As PEFT matches them: the end of a name, from a dot on; it passes over a pattern that matches nothing."""
+def _require_matches(
+    key: str, patterns: Iterable[str], names: list[str], candidates: list[str], targeted: list[str]
+) -> None:
+    """As PEFT matches them: the end of a name, from a dot on; it passes over a pattern that matches no target."""
     for pattern in patterns:
         try:
-            matched = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+            matched = {name for name in names if re.match(rf"(.*\.)?({pattern})$", name)}
         except re.error as error:
             raise ModelError(f"{key}: {pattern} is no regular expression: {error}") from error
         if not matched:
             raise _no_module(key, pattern, candidates)
+        if matched.isdisjoint(targeted):
+            raise ModelError(
+                f"{key}: {pattern} matches no layer that has an adapter (adapter.target_modules less exclude_modules); "
+                f"those that have one: {', '.join(_top_names(targeted))}"
+            )
 
 
 def token_indices(adapter: LoraSection, tokenizer: Any) -> list[int]:

@@ -112,6 +112,20 @@ def test_fm26_a_wrong_target_names_the_near_one_and_all(wrong: str, meant: str) 
         ({"rank_pattern": {"q_prj": 64}}, "adapter.rank_pattern: the model has no module q_prj; did you mean q_proj?"),
         ({"alpha_pattern": {"layers.9.v_proj": 9}}, "adapter.alpha_pattern: the model has no module layers.9.v_proj"),
         ({"alpha_pattern": {"(": 9}}, "adapter.alpha_pattern: ( is no regular expression"),
+        (
+            {"exclude_modules": ["layers.0"]},
+            "adapter.exclude_modules: layers.0 is no layer but holds some, and would leave none of them out; "
+            "name the layers: layers.0.self_attn.q_proj, ",
+        ),
+        (
+            {"rank_pattern": {"v_proj": 8}, "target_modules": ["q_proj"]},
+            "adapter.rank_pattern: v_proj matches no layer that has an adapter",
+        ),
+        (
+            {"rank_pattern": {"v_proj": 8}, "exclude_modules": ["v_proj"]},
+            "adapter.rank_pattern: v_proj matches no layer that has an adapter",
+        ),
+        ({"alpha_pattern": {"lm_head": 8}}, "adapter.alpha_pattern: lm_head matches no layer that has an adapter"),
     ],
 )
 def test_fm26_other_names_of_the_adapter_are_looked_for_too(section: dict[str, Any], part: str) -> None:
@@ -124,6 +138,9 @@ def test_fm26_other_names_of_the_adapter_are_looked_for_too(section: dict[str, A
         "alpha_pattern": {"v_proj": 2},
     }
     require_names(on_meta("llama"), LoraSection(**fine))
+    require_names(on_meta("llama"), LoraSection(exclude_modules=["lm_head", "layers.0.self_attn.q_proj"]))
+    require_names(on_meta("llama"), LoraSection(target_modules=["lm_head"], rank_pattern={"lm_head": 8}))
+    require_names(mixture(), LoraSection(rank_pattern={"experts": 8}))
 
 
 def test_tokens_and_a_whole_head_of_tied_weights_are_refused() -> None:
