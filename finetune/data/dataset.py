@@ -86,6 +86,10 @@ class TokenDataset:
             count -= int(numbers[-1]) if len(numbers) else 0
         return TokenDataset(parts)
 
+    def lacks(self, token_id: int) -> bool:
+        """Whether the token is in no sample of the sources, those that are held out included."""
+        return not any((part.store.tokens == token_id).any() for part in self._parts)
+
     def rows_of_fate(self, fate: int) -> list[str]:
         """The rows that samples are of and that `fate` (of `ledger`) befell, each once: `path/to/file.jsonl:12`."""
         found: dict[str, None] = {}

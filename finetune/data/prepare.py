@@ -101,6 +101,8 @@ def prepare_data(
     for each in opened:
         if names := held_out_names(each.source):
             warn(f"{each.source.title}: {', '.join(names)} is trained on as well; a glob in path leaves it out")
+    if data.system is not None and all(each.account.format == "text" for each in opened):
+        warn("data.system has no effect on text rows, which are trained as they are; generate and chat show it")
     held_out = None
     if data.validation.source is not None:
         held_out = _open(

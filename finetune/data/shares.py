@@ -60,6 +60,11 @@ def train_set(opened: list[Opened], in_validation: np.ndarray, seed: int) -> Tok
         if share:
             order = np.random.default_rng([seed, 2, index]).permutation(len(rows))
             picks.append(np.sort(rows[order[: round(share * len(rows))]]))
+        if len(rows) and not any(map(len, picks)):
+            raise DataError(
+                f"{each.source.where}.weight: {each.account.weight:g} of {len(rows):,} rows is none of them; raise it, "
+                "or leave the source out."
+            )
         samples = [_samples_of(each.store, pick) for pick in picks]
         parts.append(Part(each.store, each.source.names, np.concatenate(samples)))
     return TokenDataset(parts)

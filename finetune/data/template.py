@@ -91,6 +91,13 @@ def load_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Chat
     return ChatTemplate(name, source, tuple(dict.fromkeys(stop_ids)), tail, terminator, system_role, date)
 
 
+def unprinted_date(template: ChatTemplate, data: DataSection) -> str | None:
+    """What to say of a `data.date` that the template does not print."""
+    if data.date is None or template.date is not None:
+        return None
+    return f"data.date: {data.date} has no effect: the chat template ({template.name}) prints no date"
+
+
 def print_date(source: str, date: datetime.date) -> str:
     """`source` with `date` written out where it asks for today's, so that it renders the same on any day."""
     midnight = datetime.datetime.combine(date, datetime.time())

@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune.data.prepare import Row, prepare_data, prepare_rows, prepare_validation_rows
 from finetune.data.template import ChatTemplate, encode_prompt
+from finetune.errors import DataError
 from finetune.evaluation.metrics import METRICS
 from finetune.inference.generate import Sampling, generate
 from finetune.recipe.schema import EvaluationSection, Recipe, ValidationSection
@@ -55,28 +56,31 @@ def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[l
     They come from `evaluation.source`, else from the validation rows.
 
     Raises:
-        DataError: the source is missing, empty or of unknown shape.
+        DataError: the source is missing, empty or of unknown shape, or has no answers for a metric that needs them.
     """
     section, data, seed = recipe.evaluation, recipe.data, recipe.training.seed
+    if section.source is None and data.validation.source is None and not data.validation.size:
+        return [], None
     rows: list[Row] = []
     limit = _num_completed(section)
-    if section.source is None:
-        if data.validation.source is None and not data.validation.size:
-            return [], None
-        if limit != 0:
-            rows = prepare_validation_rows(data, tokenizer, template, seed=seed, max_rows=limit)
-        if "perplexity" not in section.metrics:
-            return rows, None
-        tokens = prepare_data(data, tokenizer, template, seed=seed).validation
-        return rows, tokens.first_rows(section.max_rows) if tokens is not None and section.max_rows else tokens
-    if limit != 0:
+    if limit != 0 and section.source is not None:
         rows = prepare_rows(section.source, data, tokenizer, template, max_rows=limit)
+    elif limit != 0:
+        rows = prepare_validation_rows(data, tokenizer, template, seed=seed, max_rows=limit)
+    wanted = [name for name in section.metrics if name in METRICS]
+    if wanted and not rows:
+        raise DataError(
+            f"evaluation.metrics: {', '.join(wanted)} compares answers, and the test rows have none, as text rows; "
+            "use perplexity, or set evaluation.source to rows with answers."
+        )
     if "perplexity" not in section.metrics:
         return rows, None
-    limits = [number for number in (section.source.max_rows, section.max_rows) if number is not None]
-    source = section.source.model_copy(update={"max_rows": min(limits, default=None)})
-    test = data.model_copy(update={"sources": [source], "validation": ValidationSection()})
-    return rows, prepare_data(test, tokenizer, template, seed=seed).train
+    if section.source is None:
+        tokens = prepare_data(data, tokenizer, template, seed=seed).validation
+    else:
+        test = data.model_copy(update={"sources": [section.source], "validation": ValidationSection()})
+        tokens = prepare_data(test, tokenizer, template, seed=seed).train
+    return rows, tokens.first_rows(section.max_rows) if tokens is not None and section.max_rows else tokens
 
 
 def fingerprint_of_rows(rows: Sequence[Row], tokens: TokenDataset | None) -> str:

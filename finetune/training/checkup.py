@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.prepare import PreparedData, prepare_data, prepare_rows
-from finetune.data.template import ChatTemplate, encode_prompt, load_template
+from finetune.data.template import ChatTemplate, encode_prompt, load_template, unprinted_date
 from finetune.errors import FinetuneError
 from finetune.findings import Finding, error, fact, warning
 from finetune.machine import describe_machine
@@ -168,13 +168,12 @@ def _check_model(checkup: Checkup) -> Iterator[Finding]:
     config, recipe = checkup.config, checkup.recipe
     text = config.get_text_config()
     weights = checkup.planner.weights(recipe)
-    place = checkup.source.location
     yield fact(
         "model",
         f"{recipe.model.name}: {config.model_type}, {weights.num_parameters / 1e6:,.0f} M parameters, "
         f"{text.num_hidden_layers} layers, base in {recipe.model.quantization} "
         f"({format_bytes(weights.base + weights.constants)}), attention {checkup.attention}",
-        location=place,
+        location=checkup.source.location,
         num_parameters=weights.num_parameters,
         num_layers=text.num_hidden_layers,
     )
@@ -215,6 +214,8 @@ def _check_template(checkup: Checkup) -> Iterator[Finding]:
     )
     if data.system is not None and not template.system_role:
         yield fact("template", "it has no system role: data.system opens the first user turn")
+    if (unprinted := unprinted_date(template, data)) is not None:
+        yield warning("template", unprinted)
     yield from _check_prompt(checkup)
 
 
@@ -228,8 +229,7 @@ def _check_prompt(checkup: Checkup) -> Iterator[Finding]:
     index = next((i for i in range(len(train)) if rows and train.origin(i) == rows[0].origin), None)
     if index is None:
         return
-    input_ids, supervised = train[index]
-    row = rows[0]
+    (input_ids, supervised), row = train[index], rows[0]
     served = encode_prompt(checkup.tokenizer, checkup.template, row.messages, recipe.data.system, row.tools)
     if input_ids[: len(served)].tolist() == served:
         yield fact("template", "the prompt in training is, token for token, the one that is served")

@@ -19,7 +19,7 @@ from finetune.console import say, warn
 from finetune.data.dataset import TokenDataset
 from finetune.data.packing import find_prefixes, no_prefixes
 from finetune.data.prepare import PreparedData, prepare_data
-from finetune.data.template import ChatTemplate, load_template
+from finetune.data.template import ChatTemplate, load_template, unprinted_date
 from finetune.distributed import global_rank, is_rank_zero
 from finetune.errors import FinetuneError, PreemptedError
 from finetune.files import replace_directory
@@ -134,13 +134,18 @@ def prepare_job(recipe: Recipe, *, find: Callable[[ModelSection], ModelSource] =
         check_names(config, recipe.model, recipe.adapter, precision=recipe.training.precision)
         attention = choose_attention(config, recipe.model, recipe.data)
         tokenizer = load_tokenizer(recipe.model, source)
-        token_indices(recipe.adapter, tokenizer)
+        trained = token_indices(recipe.adapter, tokenizer)
         start = find_start(recipe.adapter, tokenizer, recorded=recorded_start(resolve_run(recipe)))
         template, recipe = _load_dated_template(recipe, tokenizer)
         data = prepare_data(recipe.data, tokenizer, template, seed=recipe.training.seed)
+        names = zip(recipe.adapter.trainable_tokens, trained, strict=True)
+        if unseen := [str(name) for name, token_id in names if data.train.lacks(token_id)]:
+            warn(f"adapter.trainable_tokens: {', '.join(unseen)}: in no row of data.sources, so none trains it")
     # Only strategy auto looks at the model; a larger micro-batch is not looked for where the model hardly fits.
     placement = first if recipe.training.auto_micro_batch else place(recipe, config)
     check_halving(recipe, placement)
+    if recipe.training.activation_offload and placement.accelerator == "cpu":
+        say("training.activation_offload changes nothing on a CPU: activations are in host memory as they are")
     plan = build_plan(len(data.train), recipe.training)
     packing = choose_packing(recipe, data.train, config, attention)
     recipe = with_checkpointing(recipe, config, attention, placement)
@@ -158,6 +163,8 @@ def _load_dated_template(recipe: Recipe, tokenizer: Any) -> tuple[ChatTemplate, 
     data = data.model_copy(update={"date": datetime.date.fromisoformat(date)})
     template = load_template(tokenizer, data)
     if template.date is None:
+        if (unprinted := unprinted_date(template, recipe.data)) is not None:
+            warn(unprinted)
         return template, recipe
     if recipe.data.date is None:
         say(f"the chat template prints the date: {template.date} (data.date)")
@@ -352,7 +359,8 @@ def choose_packing(recipe: Recipe, train: TokenDataset, config: Any, attention: 
     if mode == "auto":
         mode = "shared_prefix" if why_not is None else "none"
         if why_not is not None:
-            say(f"packing: none ({why_not})")
+            idle = "" if data.max_tokens is None else "; data.max_tokens, of packed rows, has no effect"
+            say(f"packing: none ({why_not}){idle}")
     prefixes = find_prefixes(train) if mode == "shared_prefix" else no_prefixes(len(train))
     if data.packing == "auto" and mode == "shared_prefix":
         shared = sum(prefixes.of(sample) for sample in range(len(train)))

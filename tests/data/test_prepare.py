@@ -226,6 +226,28 @@ def test_max_rows_weights_and_several_sources(tokenizer_of: Tokenizers, section:
     assert again.train.fingerprint == prepared.train.fingerprint != other.train.fingerprint
 
 
+def test_a_weight_that_leaves_no_row_is_refused(tokenizer_of: Tokenizers, section: Sections, tmp_path: Path) -> None:
+    section(many(10), name="a.jsonl")
+    section(many(10), name="b.jsonl")
+    sources = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl"), "weight": 0.04}]
+    with pytest.raises(DataError, match=r"data.sources\[1\].weight: 0.04 of 10 rows is none of them"):
+        prepare(tokenizer_of("llama3"), DataSection.model_validate({"sources": sources}))
+    sources[1]["weight"] = 0.06
+    prepared, _ = prepare(tokenizer_of("llama3"), DataSection.model_validate({"sources": sources}))
+    assert len(prepared.train) == 11
+
+
+def test_a_system_prompt_that_text_rows_do_not_show(
+    tokenizer_of: Tokenizers, section: Sections, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section([{"text": "some text"}], name="a.jsonl")
+    section(many(2), name="b.jsonl")
+    for names, expected in ((["a"], True), (["a", "b"], False)):
+        sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in names]
+        prepare(tokenizer_of("llama3"), DataSection.model_validate({"sources": sources, "system": "Be brief."}))
+        assert ("data.system has no effect on text rows" in capsys.readouterr().err) == expected
+
+
 @pytest.mark.parametrize(("size", "expected"), [(0.2, 4), (5.0, 5), (0.001, 1)])
 def test_validation_rows_are_split_off(size: float, expected: int, tokenizer_of: Tokenizers, section: Sections) -> None:
     data = section(many(20), validation={"size": size})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.template import apply_system, encode_prompt, load_template, print_date
+from finetune.data.template import apply_system, encode_prompt, load_template, print_date, unprinted_date
 from finetune.errors import DataError
 from tests.data.conftest import chat, prepare, print_today
 
@@ -232,7 +232,11 @@ def test_a_printed_date_is_the_recipes(tokenizer_of: Tokenizers, section: Sectio
     assert prepared.train[0][0][: len(prompt)].tolist() == prompt
     today = load_template(tokenizer, section([]))
     assert f"{today.date:%d %b %Y}" in today.source
-    assert load_template(tokenizer_of("llama3"), data).date is None
+    assert unprinted_date(template, data) is None
+    plain = load_template(tokenizer_of("llama3"), data)
+    assert plain.date is None
+    assert "data.date: 2024-07-26 has no effect" in str(unprinted_date(plain, data))
+    assert unprinted_date(plain, section([chat("hello", "hi")])) is None
 
 
 def test_a_date_in_a_computed_format_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from finetune.data.prepare import Row, prepare_data
 from finetune.data.template import load_template
+from finetune.errors import DataError
 from finetune.evaluation import task
 from finetune.evaluation.task import count_trained, evaluate_task, load_rows, prompt_text
 from finetune.inference.generate import Completion, Sampling
@@ -147,6 +148,28 @@ def test_max_rows_limits_perplexity_on_validation_rows_too(tmp_path: Path) -> No
     evaluation = {"metrics": ["perplexity", "exact_match"], "max_rows": 3}
     rows, tokens = load(recipe_of(tmp_path, evaluation, validation={"size": 5.0}))
     assert [row.origin for row in rows] == [tokens.origin(index) for index in range(len(tokens))] and len(rows) == 3
+
+
+@pytest.mark.parametrize("key", ["evaluation", "validation"])
+def test_max_rows_counts_rows_that_are_measured(tmp_path: Path, key: str) -> None:
+    source = write_rows(tmp_path / "test.jsonl", 6)
+    path = Path(source["path"])
+    path.write_text('{"messages": 1}\n' + path.read_text())
+    evaluation: dict[str, Any] = {"metrics": ["perplexity", "exact_match"], "max_rows": 3}
+    data: dict[str, Any] = {"max_rejected_share": 0.5}
+    (evaluation if key == "evaluation" else data.setdefault("validation", {}))["source"] = source
+    rows, tokens = load(recipe_of(tmp_path, evaluation, **data))
+    assert [row.origin for row in rows] == [tokens.origin(index) for index in range(len(tokens))] and len(rows) == 3
+
+
+def test_answers_are_not_compared_where_there_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"text": "some text"}\n')
+    evaluation = {"source": {"path": str(path)}, "metrics": ["perplexity", "exact_match"]}
+    with pytest.raises(DataError, match=r"evaluation.metrics: exact_match compares answers, .* as text rows"):
+        load(recipe_of(tmp_path, evaluation))
+    rows, tokens = load(recipe_of(tmp_path, {**evaluation, "metrics": ["perplexity"]}))
+    assert rows == [] and len(tokens) == 1
 
 
 def test_a_prompt_is_shown_without_system_text() -> None:

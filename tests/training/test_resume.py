@@ -230,3 +230,6 @@ def test_a_run_keeps_the_date_that_its_template_prints(
     run_tiny(arguments=("--fresh",), **sections)
     assert load_recipe(run.recipe).data.date == datetime.date(2026, 1, 2)
     assert load_recipe(run_tiny(name="undated").recipe).data.date is None
+    capsys.readouterr()
+    run_tiny(name="unprinted", data={"date": "2026-01-03"})
+    assert "data.date: 2026-01-03 has no effect" in " ".join(capsys.readouterr().err.split())

@@ -107,6 +107,7 @@ def test_tokens_that_the_adapter_has_not_trained_are_refused(
     tokens: list[Any], run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = run_tiny(name="trained", adapter={"trainable_tokens": ["<a>", "<b>"]}, training=STILL)
+    assert "adapter.trainable_tokens: <a>, <b>: in no row of data.sources" in " ".join(capsys.readouterr().err.split())
     start = {"start_from": str(trained.root)}
     run_tiny(name="same", adapter={"trainable_tokens": ["<a>", "<b>"], **start}, training=STILL)
     capsys.readouterr()
