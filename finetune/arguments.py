@@ -39,6 +39,15 @@ def share(text: str) -> float:
     return value
 
 
+def unused_sampling(arguments: argparse.Namespace) -> str | None:
+    """What to say where options of sampling were given and nothing is sampled; `top_p` and `seed` are the verb's."""
+    given = [name for name, value in (("--top-p", arguments.top_p != 1), ("--seed", arguments.seed != 0)) if value]
+    if not given or arguments.temperature > 0:
+        return None
+    verb = "have" if len(given) > 1 else "has"
+    return f"{' and '.join(given)} {verb} no effect at --temperature 0, where the likeliest token is taken; raise it"
+
+
 def _whole(text: str, least: int, most: int | None) -> int:
     try:
         value = int(text)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from finetune.arguments import not_negative, positive, seed, share
+from finetune.arguments import not_negative, positive, seed, share, unused_sampling
 from finetune.console import say, warn
 from finetune.errors import EXIT_OK, BadInputError, DataError
 
@@ -49,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer every line of standard input until it ends."""
     if arguments.base and arguments.compare:
         raise BadInputError("--compare shows the base beside the adapter; leave --base out")
+
+    if (unused := unused_sampling(arguments)) is not None:
+        warn(unused)
 
     from finetune.models.startup import importing_libraries
 

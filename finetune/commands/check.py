@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from finetune.arguments import add_overrides, positive
-from finetune.errors import EXIT_BAD_INPUT, EXIT_OK, RecipeError
-from finetune.findings import Finding, error, in_order, run_checks
+from finetune.errors import EXIT_BAD_INPUT, EXIT_OK, BadInputError, RecipeError
+from finetune.findings import Finding, error, in_order, run_checks, warning
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import find_recipe
 
@@ -34,6 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check, print, and say by the exit code whether the run can work."""
     from finetune.console import console
+
+    for option in ("gpu", "devices"):
+        if arguments.no_model and getattr(arguments, option) is not None:
+            raise BadInputError(f"--{option}: --no-model leaves out what depends on devices; leave out one of the two")
 
     quiet = console.quiet
     console.quiet = quiet or arguments.json
@@ -62,6 +66,12 @@ def _findings(recipe: Recipe, arguments: argparse.Namespace) -> Iterator[Finding
     yield from run_checks(preflight.CHECKS, recipe)
     if arguments.no_model:
         return
+    if arguments.gpu is not None and recipe.distributed.accelerator == "cpu":
+        yield warning(
+            "devices",
+            "distributed.accelerator: cpu, so no run of this recipe is on the GPUs of --gpu; add "
+            "distributed.accelerator=cuda",
+        )
     from finetune.models.startup import importing_libraries
 
     with importing_libraries():

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.arguments import not_negative, positive, seed, share
-from finetune.console import say
+from finetune.arguments import not_negative, positive, seed, share, unused_sampling
+from finetune.console import say, warn
 from finetune.errors import EXIT_OK, BadInputError, DataError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.base and arguments.adapter:
         raise BadInputError("--base: is the base without an adapter; leave out one of --base and --adapter")
 
+    if (unused := unused_sampling(arguments)) is not None:
+        warn(unused)
     models = _load(arguments)
     start = time.perf_counter()
     answers = [_complete(loaded, prompts, arguments) for loaded in models]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.arguments import unused_sampling
 from finetune.cli import main
 from finetune.data.prompts import read_prompts
 from finetune.errors import DataError
@@ -26,8 +28,9 @@ def test_completions_go_to_stdout_and_numbers_to_stderr(make_run: MakeRun, capsy
     assert all(0 < row["num_tokens"] <= 8 for row in rows)
     assert "tokens/s" in err and "peak memory" in err
 
-    assert main(["generate", str(run), "--prompt", "hello", "--max-new-tokens", "3"]) == 0
-    short = capsys.readouterr().out
+    assert main(["generate", str(run), "--prompt", "hello", "--max-new-tokens", "3", "--top-p", "0.9"]) == 0
+    short, err = capsys.readouterr()
+    assert "--top-p has no effect at --temperature 0" in " ".join(err.split())
     assert rows[0]["completion"].startswith(short.rstrip("\n\ufffd"))
     assert main(["generate", str(run), "--prompt", "hello", "--base", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["completion"] != rows[0]["completion"]
@@ -139,6 +142,21 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     file.write_text(f'"fine"\n{line}\n')
     with pytest.raises(DataError, match=r"prompts\.jsonl:2"):
         read_prompts(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"top_p": 0.9}, "--top-p has no effect at --temperature 0"),
+        ({"top_p": 0.9, "seed": 1}, "--top-p and --seed have no effect"),
+        ({"top_p": 0.9, "seed": 1, "temperature": 0.7}, None),
+        ({}, None),
+    ],
+)
+def test_options_of_sampling_without_sampling(given: dict[str, Any], said: str | None) -> None:
+    arguments = Namespace(**{"temperature": 0.0, "top_p": 1.0, "seed": 0, **given})
+    found = unused_sampling(arguments)
+    assert found is None if said is None else said in str(found)
 
 
 def test_bad_arguments_exit_with_2(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

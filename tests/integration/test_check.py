@@ -77,7 +77,10 @@ def test_a_model_that_does_not_fit_is_told_what_would(check: Check) -> None:
     memory = next(finding for finding in found_by(code, out) if finding["topic"] == "memory")
     assert code == 2 and memory["level"] == "error"
     assert memory["values"]["world_size"] == 2 and memory["values"]["device_bytes"] == 400_000_000
-    assert check("--gpu", "24GB")[0] == 0
+    code, out = check("--gpu", "24GB")
+    assert code == 0 and "distributed.accelerator: cpu, so no run of this recipe is on the GPUs of --gpu" in " ".join(
+        out.split()
+    )
 
 
 def test_for_people_errors_come_first(check: Check) -> None:
@@ -93,3 +96,5 @@ def test_without_the_model_it_is_quick(folder: Path) -> None:
     assert time.monotonic() - started < 2.0
     assert result.returncode == 0 and "0 errors" in result.stdout
     assert fresh(folder, "--no-model", "data.sources.0.path=/no/rows.jsonl").returncode == 2
+    refused = fresh(folder, "--no-model", "--gpu", "24GB")
+    assert refused.returncode == 2 and "--gpu: --no-model leaves out what depends on devices" in refused.stderr
