@@ -76,11 +76,14 @@ def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
 
     with importing_libraries():
         from finetune.models.start import keep_start
+        from finetune.training.resume import keep_outside
         from finetune.training.train import resolve_run
 
     run_dir = resolve_run(recipe)
     with ExitStack() as stack:
         if is_rank_zero():
+            if arguments.fresh:
+                keep_outside(run_dir, arguments.resume)
             was_there = run_dir.root.is_dir()
             _own(run_dir, stack)
             stack.callback(_leave_nothing, run_dir, was_there)
@@ -105,12 +108,15 @@ def _read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, Provenance | No
 def _check_cheap_things(recipe: Recipe) -> None:
     """What `finetune check --no-model` would call an error; the rest is met on the way."""
     from finetune.findings import run_checks
+    from finetune.recipe.idle import find_idle
     from finetune.recipe.preflight import BEFORE_RUN, CHECKS
 
     rows = {topic: CHECKS[topic] for topic in BEFORE_RUN}
     problems = [finding.text for finding in run_checks(rows, recipe) if finding.level == "error"]
     if problems:
         raise BadInputError("\n".join(problems))
+    for line in find_idle(recipe):
+        warn(line)
 
 
 def _own(run_dir: RunDir, stack: ExitStack) -> None:

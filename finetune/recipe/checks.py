@@ -32,6 +32,10 @@ def _has_validation(recipe: Recipe) -> bool:
     return validation.source is not None or validation.size > 0
 
 
+def _has_task_metrics(recipe: Recipe) -> bool:
+    return bool(set(recipe.evaluation.metrics) - {"perplexity"})
+
+
 def _is_quantized(recipe: Recipe) -> bool:
     return recipe.model.quantization != "none"
 
@@ -270,6 +274,22 @@ CHECKS: tuple[Check, ...] = (
         "evaluation.early_stopping",
         lambda r: r.evaluation.early_stopping is not None and r.evaluation.every_steps is None,
         "validation loss is never measured while training; set evaluation.every_steps, e.g. 50",
+    ),
+    Check(
+        "evaluation.metrics",
+        lambda r: not _has_validation(r) and r.evaluation.source is None and _has_task_metrics(r),
+        "{value}, but there are no rows to measure them on; set evaluation.source, or data.validation.size, e.g. 0.05",
+    ),
+    Check(
+        "data.validation.source.weight",
+        lambda r: r.data.validation.source is not None and r.data.validation.source.weight != 1,
+        "{value} has no effect: validation rows are measured once each; remove it, or set max_rows for fewer",
+    ),
+    Check(
+        "evaluation.source.weight",
+        lambda r: r.evaluation.source is not None and r.evaluation.source.weight != 1,
+        "{value} is for rows that are trained on, and test rows are measured once each; remove it, or set "
+        "evaluation.max_rows for fewer",
     ),
     Check(
         "checkpoint.final",

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from finetune.findings import Finding, error, fact, warning
+from finetune.recipe.idle import find_idle
 from finetune.recipe.schema import Recipe, SourceSection
 
 # Less than this is not enough for any run's logs and adapter.
@@ -128,6 +129,11 @@ def _check_validation(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _check_settings(recipe: Recipe) -> Iterator[Finding]:
+    for line in find_idle(recipe):
+        yield warning("settings", line)
+
+
 CHECKS: dict[str, Callable[[Recipe], Iterator[Finding]]] = {
     "data files": _check_data_files,
     "model files": _check_model_files,
@@ -135,6 +141,7 @@ CHECKS: dict[str, Callable[[Recipe], Iterator[Finding]]] = {
     "packages": _check_packages,
     "logins": _check_logins,
     "validation": _check_validation,
+    "settings": _check_settings,
 }
 
 # What `finetune run` asks first; it meets the others, with their rows and lines, a moment later.

@@ -7,15 +7,26 @@ The description of a field is what users read in the README's table and in their
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"]
+
+
+def _no_number(value: Any) -> Any:
+    """pydantic takes a number for seconds since 1970."""
+    if isinstance(value, datetime.date) or re.match(r"\d{4}-", str(value)):
+        return value
+    raise ValueError("no date")
+
+
+Day = Annotated[datetime.date, Field(strict=False), BeforeValidator(_no_number)]
 
 QUANTIZED_4BIT = ("nf4", "fp4")
 
@@ -137,7 +148,7 @@ class DataSection(Section):
         {}, description="What the chat template asks for, e.g. {enable_thinking: false}; kept in the saved template."
     )
     system: str | None = Field(None, description="System prompt for rows that carry none.")
-    date: Annotated[datetime.date, Field(strict=False)] | None = Field(
+    date: Day | None = Field(
         None, description="The day that a chat template which prints the date prints; default the run's first."
     )
     train_on: Literal["last_assistant", "all_assistant", "everything"] = Field(
@@ -145,7 +156,7 @@ class DataSection(Section):
     )
     max_seq_len: PositiveInt = Field(1024, description="Longest sample, in tokens.")
     over_length: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="What happens to longer samples; text rows are split instead of dropped."
+        "drop", description="What happens to longer samples; text rows are split in any case."
     )
     packing: Literal["auto", "none", "isolated", "shared_prefix"] = Field(
         "auto",

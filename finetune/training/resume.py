@@ -79,6 +79,16 @@ def find_checkpoint(
     return checkpoint
 
 
+def keep_outside(run: RunDir, chosen: Path | None) -> None:
+    """Refuse to start anew from a checkpoint of the run itself, which is put aside with all that it has.
+
+    Raises:
+        BadInputError: naming the two options.
+    """
+    if chosen is not None and chosen.resolve().is_relative_to(run.root):
+        raise BadInputError(f"--resume {chosen}: --fresh puts it aside with the rest of {run.root}; leave one out")
+
+
 def recorded_start(run: RunDir) -> str | None:
     """The hash of the adapter that the run's newest checkpoint started from."""
     for path in reversed(list_checkpoints(run.checkpoints)):

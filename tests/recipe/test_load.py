@@ -93,7 +93,7 @@ def test_a_date_reads_back_equal(tmp_path: Path, value: str) -> None:
     assert load_recipe(write(tmp_path, dump_recipe(loaded))) == loaded
 
 
-@pytest.mark.parametrize("value", ["2026-13-01", "tomorrow", "2026"])
+@pytest.mark.parametrize("value", ["2026-13-01", "tomorrow", "2026", "0", "'0'", "86400.0"])
 def test_what_is_no_date_is_named(tmp_path: Path, value: str) -> None:
     with pytest.raises(RecipeError, match=r"data.date=.*: got .*; accepts a date \(YYYY-MM-DD\), or null"):
         load_recipe(write(tmp_path, MINIMAL), [f"data.date={value}"])

@@ -232,9 +232,12 @@ def test_printed_commands_can_be_pasted(run_tiny: RunTiny, tmp_path: Path, capsy
     assert f"finetune push '{root}/merged' ORG/NAME\n" in out
 
 
-def test_fresh_puts_earlier_work_aside(run_tiny: RunTiny, tmp_path: Path) -> None:
+def test_fresh_puts_earlier_work_aside(run_tiny: RunTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_tiny()
     before = (run.adapter / WEIGHTS_NAME).read_bytes()
+    own = str(run.checkpoints / "step-000004")
+    run_tiny(arguments=("--fresh", "--resume", own), expect=2)
+    assert "--fresh puts it aside with the rest" in " ".join(capsys.readouterr().err.split())
     run_tiny(arguments=("--fresh",), training={"max_steps": 2})
     aside = [path for path in (tmp_path / "runs").iterdir() if path.name.startswith("tiny.")]
     assert len(aside) == 1 and (aside[0] / "adapter" / WEIGHTS_NAME).read_bytes() == before
