@@ -61,7 +61,7 @@ def load_provenance(
     if not path.is_file():
         raise ModelError(f"{given}: holds no recipe.yaml, so it was not made by finetune; give a recipe instead")
     fingerprints = _read_fingerprints(folder / FINGERPRINTS)
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, was_run=True)
     base = name_base(recipe, fingerprints)
     found = [f"name={recipe.name}-again", "hub.push=false"]
     taken = {".".join(override_path(override)) for override in overrides}

@@ -154,7 +154,7 @@ def load_run_recipe(recipe_path: Path | None, adapter: Path | None) -> tuple[Rec
                 f"model.name: {value.text} was a directory or file of the machine that trained this adapter, and is "
                 f"not here; put a copy of that base into the working directory, named {Path(value.text).name}"
             )
-    recipe = load_recipe(recipe_path, moved)
+    recipe = load_recipe(recipe_path, moved, was_run=True)
     source = find_model(recipe.model)
     if adapter is not None:
         _require_same_base(adapter, source)
@@ -184,8 +184,8 @@ def load_saved_template(recipe: Recipe, source: ModelSource, adapter: Path | Non
         model = model.model_copy(update={"tokenizer": str(adapter)})
     tokenizer = load_tokenizer(model, source)
     if saved and tokenizer.chat_template:
-        # Saved with the template that it was trained with, whatever has become of a .jinja file since.
-        data = data.model_copy(update={"template": "auto"})
+        # Saved with its variables as it was trained with, whatever has become of a .jinja file since.
+        data = data.model_copy(update={"template": "auto", "template_variables": {}})
     token_indices(recipe.adapter, tokenizer)
     if recipe.is_derived:
         assert adapter is not None

@@ -18,8 +18,10 @@ from finetune.recipe.paths import resolve_paths
 from finetune.recipe.schema import Recipe
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, was_run: bool = False) -> Recipe:
     """The checked recipe of a YAML file, with `KEY.PATH=VALUE` overrides applied and local paths absolute.
+
+    `was_run`: an earlier version ran it, and combinations that are refused since keep nobody from its adapter.
 
     Raises:
         RecipeError: the file cannot be read, or anything in it or in an override is wrong; one line a
@@ -37,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = None
     try:
         recipe = Recipe.model_validate(data)
-        problems += find_conflicts(recipe)
+        problems += [] if was_run else find_conflicts(recipe)
     except ValidationError as error:
         problems += explain(error, data)
     lines = [origins.describe(problem) for problem in sorted(problems, key=origins.order)] + mistakes

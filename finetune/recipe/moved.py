@@ -18,7 +18,7 @@ def load_moved_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: as `load_recipe`.
     """
-    return load_recipe(path, find_files(path)[0])
+    return load_recipe(path, find_files(path)[0], was_run=True)
 
 
 def find_files(path: Path, taken: Set[str] = frozenset()) -> tuple[list[str], list[PathValue]]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from finetune.cli import main
 from finetune.errors import ModelError, RecipeError
 from finetune.inference.load import find_run, load_run
+from finetune.recipe.load import load_recipe
 from tests.inference.conftest import build_llama
 from tests.tiny import WORDS, tiny_recipe, write_jsonl, write_model, write_recipe
 
@@ -132,6 +133,17 @@ def test_a_base_that_is_gone_is_named(make_run: MakeRun, tmp_path: Path) -> None
     run, _ = make_run("adapter", model={"name": str(gone)})
     with pytest.raises(ModelError, match=str(gone)):
         load_run(run)
+
+
+def test_a_run_of_what_is_refused_since_is_loaded(make_run: MakeRun) -> None:
+    run, trained = make_run(
+        "adapter",
+        training={"epochs": 1.0, "precision": "32-true", "optimizer": {"name": "lion", "eps": 1e-6}},
+        evaluation={"metrics": ["exact_match"], "max_new_tokens": 8},
+    )
+    with pytest.raises(RecipeError, match=r"(?s)eps.*metrics"):
+        load_recipe(run / "recipe.yaml")
+    torch.testing.assert_close(logits(load_run(run).model), logits(trained))
 
 
 def test_a_damaged_recipe_is_refused(make_run: MakeRun) -> None:
