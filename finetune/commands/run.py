@@ -84,9 +84,9 @@ def _run(arguments: argparse.Namespace, signals: StopSignals) -> int:
         if is_rank_zero():
             if arguments.fresh:
                 keep_outside(run_dir, arguments.resume)
-            was_there = run_dir.root.is_dir()
+            made = [folder for folder in (run_dir.root, *run_dir.root.parents) if not folder.exists()]
             _own(run_dir, stack)
-            stack.callback(_leave_nothing, run_dir, was_there)
+            stack.callback(_leave_nothing, run_dir, made)
             for folder in (run_dir.root, run_dir.checkpoints, *run_dir.checkpoints.glob("step-*")):
                 recover_directory(folder, spare=(f".{run_dir.merged.name}",))  # `finetune merge` may be at work there
             if arguments.fresh:
@@ -130,13 +130,13 @@ def _own(run_dir: RunDir, stack: ExitStack) -> None:
         raise BadInputError(f"output_dir: cannot write to {run_dir.root}: {error.strerror}") from error
 
 
-def _leave_nothing(run_dir: RunDir, was_there: bool) -> None:
-    """Remove the directory of a run that was refused before it wrote anything, unless the user had made it."""
+def _leave_nothing(run_dir: RunDir, made: list[Path]) -> None:
+    """Remove the directories that were `made` for a run, the innermost first, which was refused before it wrote."""
     with suppress(OSError):
         if [path.name for path in run_dir.root.iterdir()] == [run_dir.lock.name]:
             run_dir.lock.unlink()
-            if not was_there:
-                run_dir.root.rmdir()
+            for folder in made:
+                folder.rmdir()
 
 
 def _put_aside(run_dir: RunDir) -> None:

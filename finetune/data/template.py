@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,8 +282,10 @@ def _with_variables(name: str, source: str, variables: Mapping[str, bool | int |
     for variable in variables:
         if variable in _GIVEN or not re.search(rf"\b{variable}\b", body):
             why = "is given anew with every conversation" if variable in _GIVEN else "does not occur in it"
+            near = get_close_matches(variable, set(re.findall(r"\w+", body)) - set(_GIVEN), n=1, cutoff=0.8)
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise DataError(
-                f"data.template_variables: the chat template ({name}) cannot be told {variable}, which {why}."
+                f"data.template_variables: the chat template ({name}) cannot be told {variable}, which {why}{hint}"
             )
     words = {True: "true", False: "false"}
     values = {name: words[value] if isinstance(value, bool) else json.dumps(value) for name, value in variables.items()}

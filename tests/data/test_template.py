@@ -207,7 +207,11 @@ def test_template_variables_are_set_in_the_saved_template(tokenizer_of: Tokenize
 def test_template_variables_that_say_nothing_to_the_template(tokenizer_of: Tokenizers, section: Sections) -> None:
     tokenizer = tokenizer_of("qwen3")
     tokenizer.chat_template = own = tokenizer.chat_template + "{% if enable_thinking %}<think>{% endif %}{{ tone }}"
-    for name, why in (("enable_thinkng", "does not occur in it"), ("messages", "is given anew with every")):
+    reasons = {
+        "enable_thinkng": "does not occur in it; did you mean enable_thinking",
+        "messages": "is given anew with every",
+    }
+    for name, why in reasons.items():
         with pytest.raises(
             DataError, match=rf"data.template_variables: .*\(tokenizer\) cannot be told {name}, .*{why}"
         ):

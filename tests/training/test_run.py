@@ -216,8 +216,8 @@ def test_a_second_run_in_the_same_place_is_refused(
 def test_a_refused_run_leaves_no_directory(run_tiny: RunTiny, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "unanswered.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     run = run_tiny(expect=2, data={"sources": [{"path": str(rows)}]})
-    assert run.root.parent.is_dir() and not run.root.exists()
-    run.root.mkdir()
+    assert not run.root.parent.exists()
+    run.root.mkdir(parents=True)
     run_tiny(expect=2, data={"sources": [{"path": str(rows)}]})
     assert list(run.root.iterdir()) == []
 
