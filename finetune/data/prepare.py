@@ -125,6 +125,17 @@ def prepare_data(
     return PreparedData(train, validation, ledger)
 
 
+def prepare_test(
+    source: SourceSection, data: DataSection, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, *, seed: int
+) -> TokenDataset:
+    """Samples of a source that is measured alone; raises as `prepare_data` does."""
+    ledger = Ledger(template.name, data.train_on, data.max_seq_len)
+    opened = _open(source, data, tokenizer, template, _TEST_ROWS, "test", ledger)
+    test = train_set([opened], np.zeros(len(opened.store.hashes), dtype=bool), seed)
+    _check_supervised(test, None, ledger)
+    return test
+
+
 def prepare_rows(
     source: SourceSection,
     data: DataSection,

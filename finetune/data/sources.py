@@ -94,9 +94,9 @@ def open_source(section: SourceSection, where: str) -> Source:
 def _warn_of_hub_keys(section: SourceSection, where: str) -> None:
     """Where a path alone has replaced a hub data set's id, as an override does."""
     for key in ("split", "name", "revision"):
-        value = getattr(section, key)
-        if value != type(section).model_fields[key].default:
-            warn(f"{where}.{key}: {value!r} picks from a hub data set; of {section.path}, which is here, all is read")
+        if section.differs(key):
+            what = f"{where}.{key}: {getattr(section, key)!r}"
+            warn(f"{what} picks from a hub data set; of {section.path}, which is here, all is read")
 
 
 def path_key(where: str) -> str:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.prepare import Row, prepare_data, prepare_rows, prepare_validation_rows
+from finetune.data.prepare import Row, prepare_data, prepare_rows, prepare_test, prepare_validation_rows
 from finetune.data.template import ChatTemplate, encode_prompt
 from finetune.errors import DataError
 from finetune.evaluation.metrics import METRICS
 from finetune.inference.generate import Sampling, generate
-from finetune.recipe.schema import EvaluationSection, Recipe, ValidationSection
+from finetune.recipe.schema import EvaluationSection, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[l
         DataError: the source is missing, empty or of unknown shape, or has no answers for a metric that needs them.
     """
     section, data, seed = recipe.evaluation, recipe.data, recipe.training.seed
-    if section.source is None and data.validation.source is None and not data.validation.size:
+    if section.source is None and not data.validation.has_rows:
         return [], None
     rows: list[Row] = []
     limit = _num_completed(section)
@@ -67,19 +67,17 @@ def load_rows(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tuple[l
         rows = prepare_rows(section.source, data, tokenizer, template, max_rows=limit)
     elif limit != 0:
         rows = prepare_validation_rows(data, tokenizer, template, seed=seed, max_rows=limit)
-    wanted = [name for name in section.metrics if name in METRICS]
-    if wanted and not rows:
+    if section.task_metrics and not rows:
         raise DataError(
-            f"evaluation.metrics: {', '.join(wanted)} compares answers, and the test rows have none, as text rows; "
-            "use perplexity, or set evaluation.source to rows with answers."
+            f"evaluation.metrics: {', '.join(section.task_metrics)} compares answers, and the test rows have none, "
+            "as text rows; use perplexity, or set evaluation.source to rows with answers."
         )
     if "perplexity" not in section.metrics:
         return rows, None
     if section.source is None:
         tokens = prepare_data(data, tokenizer, template, seed=seed).validation
     else:
-        test = data.model_copy(update={"sources": [section.source], "validation": ValidationSection()})
-        tokens = prepare_data(test, tokenizer, template, seed=seed).train
+        tokens = prepare_test(section.source, data, tokenizer, template, seed=seed)
     return rows, tokens.first_rows(section.max_rows) if tokens is not None and section.max_rows else tokens
 
 
@@ -126,8 +124,7 @@ def evaluate_task(
         on_batch=on_batch,
     )
     texts = [completion.text.removeprefix(row.opening) for row, completion in zip(rows, completions, strict=True)]
-    names = [str(name) for name in section.metrics if name in METRICS]
-    metrics = {name: METRICS[name](rows, texts) for name in names} if rows else {}
+    metrics = {name: METRICS[name](rows, texts) for name in section.task_metrics} if rows else {}
     samples = [
         Sample(prompt_text(row.messages), row.expected, text, completion.stopped)
         for row, text, completion in list(zip(rows, texts, completions, strict=True))[: section.num_samples]
@@ -144,7 +141,7 @@ def evaluate_task(
 
 def _num_completed(section: EvaluationSection) -> int | None:
     """How many rows are completed; None for all of them."""
-    if any(name in METRICS for name in section.metrics):
+    if section.task_metrics:
         return section.max_rows
     return min(section.num_samples, section.max_rows or section.num_samples)
 

@@ -14,11 +14,11 @@ import torch
 
 from finetune.console import progress_bar
 from finetune.data.dataset import TokenDataset
-from finetune.data.prepare import prepare_data
+from finetune.data.prepare import prepare_data, prepare_test
 from finetune.data.template import ChatTemplate, encode_prompt
 from finetune.errors import DataError, first_line
 from finetune.models.heads import decoder_of, head_logits
-from finetune.recipe.schema import MergeSection, Recipe, ValidationSection
+from finetune.recipe.schema import MergeSection, Recipe
 
 MAX_SAMPLES = 16
 # Of one sample, evenly spread: 512 rows of log-probabilities are 0.3 GB for a vocabulary of 150,000.
@@ -94,9 +94,8 @@ def _held_out_data(recipe: Recipe, tokenizer: Any, template: ChatTemplate) -> tu
     if recipe.is_derived:
         raise DataError("no rows are known")
     source = recipe.evaluation.source
-    if data.validation.source is None and not data.validation.size and source is not None:
-        test = data.model_copy(update={"sources": [source], "validation": ValidationSection()})
-        return prepare_data(test, tokenizer, template, seed=seed).train, "evaluation rows"
+    if source is not None and not data.validation.has_rows:
+        return prepare_test(source, data, tokenizer, template, seed=seed), "evaluation rows"
     prepared = prepare_data(data, tokenizer, template, seed=seed)
     if prepared.validation is not None and len(prepared.validation):
         return prepared.validation, "validation rows"

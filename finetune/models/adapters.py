@@ -145,11 +145,16 @@ def text_targets(base: Any, wanted: Literal["all-linear"] | list[str]) -> Litera
 
 def linear_names(base: Any) -> list[str]:
     """Short names of the linear layers that an adapter can target, output head excepted."""
-    head = base.get_output_embeddings()
+    return _top_names(_linear_layers(base))
+
+
+def _linear_layers(base: Any) -> list[str]:
+    """Full names of what all-linear stands for."""
     targets = text_targets(base, "all-linear")
-    if targets == "all-linear":
-        targets = [name for name, module in base.named_modules() if _is_linear(module) and module is not head]
-    return _top_names(targets)
+    if targets != "all-linear":
+        return targets
+    head = base.get_output_embeddings()
+    return [name for name, module in base.named_modules() if _is_linear(module) and module is not head]
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -197,9 +202,9 @@ def require_names(base: Any, adapter: LoraSection) -> None:
     _require_modules("adapter.exclude_modules", adapter.exclude_modules, names, candidates)
     _require_layers("adapter.exclude_modules", adapter.exclude_modules, base)
     _require_tokens_of_their_own(base, adapter)
-    targeted = _targeted(base, adapter)
-    _require_matches("adapter.rank_pattern", adapter.rank_pattern, names, candidates, targeted)
-    _require_matches("adapter.alpha_pattern", adapter.alpha_pattern, names, candidates, targeted)
+    for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        if patterns:
+            _require_matches(f"adapter.{key}", patterns, names, candidates, _targeted(base, adapter))
 
 
 def _require_layers(key: str, wanted: Iterable[str], base: Any) -> None:
@@ -216,18 +221,16 @@ def _require_layers(key: str, wanted: Iterable[str], base: Any) -> None:
 
 def _targeted(base: Any, adapter: LoraSection) -> list[str]:
     """Names of the modules that get an adapter; of experts all, whose parameters PEFT may take for layers."""
-    head, targets = base.get_output_embeddings(), text_targets(base, adapter.target_modules)
-    found = []
-    for name, module in base.named_modules():
-        if any(_is_named(name, excluded) for excluded in adapter.exclude_modules):
-            continue
-        if targets == "all-linear":
-            is_target = _is_linear(module) and module is not head
-        else:
-            is_target = any(_is_named(name, target) for target in targets)
-        if is_target or any(parameter.ndim > 2 for parameter in module.parameters(recurse=False)):
-            found.append(name)
-    return found
+    targets = text_targets(base, adapter.target_modules)
+    if targets == "all-linear":
+        targets = _linear_layers(base)
+    return [
+        name
+        for name, module in base.named_modules()
+        if any(_is_named(name, target) for target in targets)
+        or any(parameter.ndim > 2 for parameter in module.parameters(recurse=False))
+        if not any(_is_named(name, excluded) for excluded in adapter.exclude_modules)
+    ]
 
 
 def _require_tokens_of_their_own(base: Any, adapter: LoraSection) -> None:

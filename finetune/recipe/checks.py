@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from finetune.recipe.lines import KeyPath
 from finetune.recipe.overrides import Problem
-from finetune.recipe.schema import OptimizerSection, Recipe
+from finetune.recipe.schema import Recipe
 
 TEMPLATES = ("auto", "alpaca", "chatml", "plain")  # the files of finetune/data/templates, and auto
 # Source: PEFT, peft.utils.constants.EMBEDDING_LAYER_NAMES, and the names of the common architectures.
@@ -25,15 +25,6 @@ class Check(NamedTuple):
     key: str
     broken: Callable[[Recipe], bool]
     message: str
-
-
-def _has_validation(recipe: Recipe) -> bool:
-    validation = recipe.data.validation
-    return validation.source is not None or validation.size > 0
-
-
-def _has_task_metrics(recipe: Recipe) -> bool:
-    return bool(set(recipe.evaluation.metrics) - {"perplexity"})
 
 
 def _is_quantized(recipe: Recipe) -> bool:
@@ -75,16 +66,6 @@ def _has_row_shorter_than_sample(recipe: Recipe) -> bool:
 def _is_unknown_template(recipe: Recipe) -> bool:
     template = recipe.data.template
     return template not in TEMPLATES and not template.endswith((".jinja", ".jinja2"))
-
-
-def _has_no_moments(recipe: Recipe) -> bool:
-    optimizer = recipe.training.optimizer
-    return optimizer.name == "adafactor" and optimizer.betas != OptimizerSection().betas
-
-
-def _adds_no_eps(recipe: Recipe) -> bool:
-    optimizer = recipe.training.optimizer
-    return optimizer.name in ("lion", "paged_lion_8bit", "adafactor") and optimizer.eps != OptimizerSection().eps
 
 
 CHECKS: tuple[Check, ...] = (
@@ -216,12 +197,15 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "training.optimizer.betas",
-        _has_no_moments,
+        lambda r: r.training.optimizer.name == "adafactor" and r.training.optimizer.differs("betas"),
         "{value} has no effect on {recipe.training.optimizer.name}; remove it, or use adamw",
     ),
     Check(
         "training.optimizer.eps",
-        _adds_no_eps,
+        lambda r: (
+            r.training.optimizer.name in ("lion", "paged_lion_8bit", "adafactor")
+            and r.training.optimizer.differs("eps")
+        ),
         "{value} has no effect on {recipe.training.optimizer.name}; remove it, or use adamw",
     ),
     Check(
@@ -262,12 +246,12 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "evaluation.every_steps",
-        lambda r: r.evaluation.every_steps is not None and not _has_validation(r),
+        lambda r: r.evaluation.every_steps is not None and not r.data.validation.has_rows,
         "{value}, but there are no validation rows; set data.validation.size, e.g. 0.05, or data.validation.source",
     ),
     Check(
         "evaluation.early_stopping",
-        lambda r: r.evaluation.early_stopping is not None and not _has_validation(r),
+        lambda r: r.evaluation.early_stopping is not None and not r.data.validation.has_rows,
         "there are no validation rows to watch; set data.validation.size, e.g. 0.05, or data.validation.source",
     ),
     Check(
@@ -277,7 +261,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "evaluation.metrics",
-        lambda r: not _has_validation(r) and r.evaluation.source is None and _has_task_metrics(r),
+        lambda r: not r.data.validation.has_rows and r.evaluation.source is None and bool(r.evaluation.task_metrics),
         "{value}, but there are no rows to measure them on; set evaluation.source, or data.validation.size, e.g. 0.05",
     ),
     Check(

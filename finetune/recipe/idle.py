@@ -70,18 +70,13 @@ IDLE: tuple[Idle, ...] = (
 
 def find_idle(recipe: Recipe) -> list[str]:
     """A line for every setting of `recipe` that does nothing, or not what its name says."""
-    return [
-        f"{row.key}: {_show(value)} {row.why.format(recipe=recipe)}"
-        for row in IDLE
-        for value, default in (_value_and_default(recipe, row.key),)
-        if value != default and row.is_idle(recipe)
-    ]
-
-
-def _value_and_default(recipe: Recipe, key: str) -> tuple[Any, Any]:
-    section_name, _, name = key.partition(".")
-    section = getattr(recipe, section_name)
-    return getattr(section, name), type(section).model_fields[name].default
+    found = []
+    for row in IDLE:
+        section_name, _, name = row.key.partition(".")
+        section = getattr(recipe, section_name)
+        if section.differs(name) and row.is_idle(recipe):
+            found.append(f"{row.key}: {_show(getattr(section, name))} {row.why.format(recipe=recipe)}")
+    return found
 
 
 def _show(value: Any) -> str:

@@ -118,8 +118,7 @@ def wandb_mode() -> str:
 
 
 def _check_validation(recipe: Recipe) -> Iterator[Finding]:
-    validation = recipe.data.validation
-    if validation.source is None and validation.size == 0:
+    if not recipe.data.validation.has_rows:
         yield warning(
             "validation", "no rows are held out, so overfitting will not be seen; set data.validation.size: 0.05"
         )

@@ -36,6 +36,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
+    def differs(self, key: str) -> bool:
+        """Whether a key's value is another than its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
 
 class ModelSection(Section):
     """The base model and how it is loaded."""
@@ -135,6 +139,11 @@ class ValidationSection(Section):
     size: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Rows split off training data: a share below 1, a count from 1; 0 for none."
     )
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any rows are held out."""
+        return self.source is not None or self.size > 0
 
 
 class DataSection(Section):
@@ -291,6 +300,11 @@ class EvaluationSection(Section):
     batch_size: PositiveInt = Field(32, description="Prompts generated at once.")
     max_new_tokens: PositiveInt = Field(128, description="Longest completion.")
     num_samples: Annotated[int, Field(ge=0)] = Field(3, description="Completions shown side by side.")
+
+    @property
+    def task_metrics(self) -> list[str]:
+        """The metrics that compare completions with answers."""
+        return [name for name in self.metrics if name != "perplexity"]
 
 
 class MergeSection(Section):

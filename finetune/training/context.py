@@ -23,7 +23,7 @@ def too_long_completions(
 ) -> str | None:
     """What to say where a test row's prompt leaves too little of the base's context for `max_new_tokens`."""
     section, longest = recipe.evaluation, context_length(config)
-    completes = bool(section.num_samples or set(section.metrics) - {"perplexity"})
+    completes = bool(section.num_samples or section.task_metrics)
     if longest is None or not completes:
         return None
     rows: list[Row] = []

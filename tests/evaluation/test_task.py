@@ -162,6 +162,17 @@ def test_max_rows_counts_rows_that_are_measured(tmp_path: Path, key: str) -> Non
     assert [row.origin for row in rows] == [tokens.origin(index) for index in range(len(tokens))] and len(rows) == 3
 
 
+def test_nothing_of_training_is_said_of_test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("test", "more"):
+        (folder / f"{name}.jsonl").write_text('{"text": "some text of ' + name + '"}\n')
+    evaluation = {"source": {"path": str(folder)}, "metrics": ["perplexity"]}
+    _, tokens = load(recipe_of(tmp_path, evaluation, system="Be brief."))
+    assert len(tokens) == 2
+    assert "trained" not in capsys.readouterr().err
+
+
 def test_answers_are_not_compared_where_there_are_none(tmp_path: Path) -> None:
     path = tmp_path / "test.jsonl"
     path.write_text('{"text": "some text"}\n')
